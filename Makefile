@@ -1,0 +1,51 @@
+# Every target works from a fresh clone: it makes .venv and installs what it needs first.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+SETUP  := pyproject.toml setup.py constraints.txt
+OUT    ?= out
+ARGS   ?=
+
+.PHONY: help train test test-gpu lint types bench clean
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
+
+train: $(VENV)/.installed  ## train a small GPT on the default corpus, then sample from it (ARGS=... are passed on)
+	$(BIN)/fastchargpt train --out-dir $(OUT) --overwrite $(ARGS)
+	$(BIN)/fastchargpt sample $(OUT) --max-new-tokens 500
+
+test: $(VENV)/.installed-dev  ## the whole test suite
+	$(BIN)/python -m pytest $(ARGS)
+
+test-gpu: $(VENV)/.installed-dev  ## the tests that need a GPU
+	$(BIN)/python -m pytest -m gpu $(ARGS)
+
+lint: $(VENV)/.installed-dev types  ## ruff and mypy --strict
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# mypy does not follow the editable finder, so it gets a tree in which src/fastchargpt and kernels/ lie together.
+types: $(VENV)/.installed-dev  ## mypy --strict
+	@rm -rf build/types && mkdir -p build/types/fastchargpt
+	@ln -s $(CURDIR)/src/fastchargpt/* $(CURDIR)/kernels build/types/fastchargpt/
+	cd build/types && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache -p fastchargpt
+
+bench: $(VENV)/.installed-dev  ## the benchmark suite
+	$(BIN)/python -m pytest bench --benchmark-only $(ARGS)
+
+clean:  ## remove everything that make made
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks src/*.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: $(SETUP) | $(VENV)/bin/python
+	$(PIP) -e '.[plot]'
+	@touch $@
+
+$(VENV)/.installed-dev: $(SETUP) | $(VENV)/bin/python
+	$(PIP) -e '.[dev]'
+	@touch $@ $(VENV)/.installed
