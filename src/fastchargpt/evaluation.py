@@ -9,7 +9,7 @@ from torch import nn
 from fastchargpt.batches import Tokens, eval_batches
 from fastchargpt.precision import Precision
 
-__all__ = ["Evaluation", "evaluate"]
+__all__ = ["EVAL_TOKENS_PER_BATCH", "Evaluation", "evaluate"]
 
 # enough tokens in a batch to fill the device, few enough to fit beside a training run
 EVAL_TOKENS_PER_BATCH = 16_384

@@ -220,7 +220,7 @@ class GPT(nn.Module):
         self, idx: Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None, **knobs: Any
     ) -> Tensor:
         """Continue idx (B, T) to (B, T + max_new_tokens); `knobs` are further fields of `SamplingConfig`."""
-        from fastchargpt.generate import generate_tokens
+        from fastchargpt.generation import generate_tokens
         from fastchargpt.sampling import SamplingConfig
 
         config = SamplingConfig(max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, **knobs)

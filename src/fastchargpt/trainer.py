@@ -11,13 +11,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from fastchargpt.attention import explain_backend
+from fastchargpt.attention import explain_attention
 from fastchargpt.batches import TokenBatches
 from fastchargpt.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from fastchargpt.config import GPTConfig, TrainConfig
 from fastchargpt.corpus import Corpus
 from fastchargpt.errors import CheckpointError, TrainingError
-from fastchargpt.evaluation import evaluate
+from fastchargpt.evaluation import EVAL_TOKENS_PER_BATCH, evaluate
 from fastchargpt.metrics import MetricsLogger
 from fastchargpt.model import GPT
 from fastchargpt.optim import learning_rate_at
@@ -113,9 +113,9 @@ class Trainer:
         """The choices of this run and their reasons, a line each."""
         model, config = self.model.config, self.config
         tokens_per_step = self.batches.batch_size * model.block_size
-        backend, reason = explain_backend(
-            self.device, self.precision.dtype, head_dim=model.head_dim, dropout_p=model.dropout, backend=config.attention
-        )
+        q = torch.empty(1, model.n_head, model.block_size, model.head_dim, device=self.device, dtype=self.precision.dtype)
+        kv = q[:, : model.kv_heads]
+        attention = explain_attention(q, kv, kv, dropout_p=model.dropout, backend=config.attention)
         return [
             f"corpus: {self.corpus.name}, {len(self.corpus.train):,} training and {len(self.corpus.val):,} validation "
             f"tokens, vocabulary of {self.corpus.vocab_size}",
@@ -124,7 +124,7 @@ class Trainer:
             f"step: {self.batches.batch_size} sequences, {tokens_per_step:,} tokens; {config.max_iters:,} steps are "
             f"{config.max_iters * tokens_per_step / max(1, len(self.corpus.train)):.1f} passes over the training split",
             f"device {self.device}; precision {self.precision.name}: {self.precision.reason}",
-            f"attention {backend}: {reason}",
+            f"attention {attention}",
             f"compile {'on' if self.compile.on else 'off'}: {self.compile.reason}",
         ]
 
@@ -217,7 +217,7 @@ class Trainer:
     def _train_batches(self) -> int:
         """How many evaluation batches hold as many tokens as eval_iters training batches."""
         tokens = self.config.eval_iters * self.config.batch_size * self.model.config.block_size
-        return max(1, round(tokens / 16_384))
+        return max(1, round(tokens / EVAL_TOKENS_PER_BATCH))
 
     def _check_losses(self) -> float:
         """The newest loss, once every loss since the last look was found finite; nan where there was none."""

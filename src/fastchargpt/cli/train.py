@@ -165,7 +165,7 @@ def _finish(trainer: Trainer, result: TrainResult, out_dir: Path, metrics: Path)
 
 
 def _sample(folder: Path) -> str:
-    from fastchargpt.generate import generate
+    from fastchargpt.generation import generate
     from fastchargpt.loading import load
     from fastchargpt.sampling import SamplingConfig
 
