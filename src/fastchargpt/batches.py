@@ -8,14 +8,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from fastchargpt.config import IGNORE_INDEX
 from fastchargpt.errors import CheckpointError, ConfigError, CorpusError
 
-__all__ = ["IGNORE_INDEX", "TokenBatches", "TokenData", "eval_batches", "place_tokens"]
+__all__ = ["TokenBatches", "TokenData", "eval_batches", "place_tokens"]
 
 Batch: TypeAlias = tuple[torch.Tensor, torch.Tensor]
 TokenData: TypeAlias = npt.NDArray[np.integer[Any]] | torch.Tensor
 
-IGNORE_INDEX = -1  # the target of a padded position; cross_entropy(ignore_index=-1) leaves it out, as in nanoGPT
 # On a GPU the tokens may take this share of the free memory; the rest is the model's.
 RESIDENT_SHARE = 0.25
 _SIGNED = {np.dtype(np.uint16): np.int16, np.dtype(np.uint32): np.int32}

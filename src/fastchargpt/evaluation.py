@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from fastchargpt.batches import IGNORE_INDEX, TokenData, eval_batches
+from fastchargpt.batches import TokenData, eval_batches
+from fastchargpt.config import IGNORE_INDEX
 from fastchargpt.precision import Precision
 
 __all__ = ["EVAL_TOKENS_PER_BATCH", "Evaluation", "evaluate"]
