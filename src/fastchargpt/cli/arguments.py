@@ -13,7 +13,7 @@ __all__ = ["given", "parse", "peek"]
 T = TypeVar("T")
 
 # nanoGPT's flags whose name or values differ from ours
-RENAMED = {"dataset": "data", "dtype": "precision"}
+RENAMED = {"dataset": "data", "dtype": "precision", "start": "prompt"}
 VALUES: Mapping[str, Mapping[str, str]] = {
     "precision": {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"},
     "compile": {"True": "on", "False": "off"},
