@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
+import tyro
+
 from fastchargpt.checkpoint import load_checkpoint
 from fastchargpt.cli.arguments import parse
 from fastchargpt.corpus import load_corpus
@@ -16,27 +18,26 @@ from fastchargpt.precision import choose_device, choose_precision
 __all__ = ["run"]
 
 
+@dataclass(frozen=True, kw_only=True)
+class EvalCommand:
+    """Measure a trained model's loss on a whole split, every token predicted once."""
+
+    # a run's out dir, or a checkpoint's folder
+    folder: Annotated[str, tyro.conf.Positional] = "out"
+    # the corpus, as in `train`; the one that the model was trained on by default
+    data: str | None = None
+    # which part of it
+    split: Literal["val", "train"] = "val"
+    # number format of the matrix products
+    precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = "auto"
+    # where to compute: auto takes cuda, then mps, then cpu
+    device: str = "auto"
+    # write one JSON object instead of a line
+    json: bool = False
+
+
 def run(argv: Sequence[str]) -> int:
     """Evaluate as the words say; the exit status."""
-    import tyro
-
-    @dataclass(frozen=True, kw_only=True)
-    class EvalCommand:
-        """Measure a trained model's loss on a whole split, every token predicted once."""
-
-        # a run's out dir, or a checkpoint's folder
-        folder: Annotated[str, tyro.conf.Positional] = "out"
-        # the corpus, as in `train`; the one that the model was trained on by default
-        data: str | None = None
-        # which part of it
-        split: Literal["val", "train"] = "val"
-        # number format of the matrix products
-        precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = "auto"
-        # where to compute: auto takes cuda, then mps, then cpu
-        device: str = "auto"
-        # write one JSON object instead of a line
-        json: bool = False
-
     command = parse(EvalCommand, argv, command="eval", default=EvalCommand())
     device = choose_device(command.device)
     model, tokenizer = load(command.folder, device=device)

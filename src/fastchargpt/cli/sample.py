@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated
 
+import tyro
+
 from fastchargpt.cli.arguments import parse
 from fastchargpt.errors import CheckpointError, ConfigError
 from fastchargpt.generation import generate, stream
@@ -33,19 +35,20 @@ class PromptOptions:
     device: str = "auto"
 
 
+@dataclass(frozen=True, kw_only=True)
+class SampleCommand:
+    """Write text with a trained model."""
+
+    # a run's out dir, or a checkpoint's folder
+    folder: Annotated[str, tyro.conf.Positional] = "out"
+    # what to continue, and where
+    prompt: PromptOptions = field(default_factory=PromptOptions)
+    # how the next token is chosen
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+
+
 def run(argv: Sequence[str]) -> int:
     """Sample as the words say; the exit status."""
-    import tyro
-
-    @dataclass(frozen=True, kw_only=True)
-    class SampleCommand:
-        """Write text with a trained model."""
-
-        # a run's out dir, or a checkpoint's folder
-        folder: Annotated[str, tyro.conf.Positional] = "out"
-        prompt: PromptOptions = field(default_factory=PromptOptions)
-        sampling: SamplingConfig = field(default_factory=SamplingConfig)
-
     command = parse(SampleCommand, argv, command="sample", default=SampleCommand())
     options, config = command.prompt, command.sampling
     if config.logprobs is not None and not options.json:
