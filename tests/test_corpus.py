@@ -5,9 +5,10 @@ import functools
 import hashlib
 import http.server
 import io
-import multiprocessing
 import os
 import pickle
+import subprocess
+import sys
 import threading
 import time
 import zipfile
@@ -72,7 +73,7 @@ def test_pydoc_needs_nothing_and_is_ascii() -> None:
 
 
 def test_pydoc_absent_from_this_python(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "pydoc_data.topics", None)
+    monkeypatch.setitem(sys.modules, "pydoc_data.topics", None)
     with pytest.raises(CorpusError, match="carries no language reference"):
         load_corpus("pydoc")
 
@@ -127,6 +128,13 @@ def test_a_wrong_file_in_the_data_folder_is_named(tmp_path: Path, monkeypatch: p
 
 
 class Quiet(http.server.SimpleHTTPRequestHandler):
+    gate: threading.Barrier | None = None
+
+    def do_GET(self) -> None:
+        if self.gate is not None:
+            self.gate.wait(90)
+        super().do_GET()
+
     def log_message(self, format: str, *args: Any) -> None:
         pass
 
@@ -214,29 +222,25 @@ def test_a_split_in_bytes_never_cuts_a_character(monkeypatch: pytest.MonkeyPatch
     assert len(by_byte.train) == 29
 
 
-def load_in_child(url: str, folder: str, cache: str, ready: Any, results: Any) -> None:
-    os.environ.update(XDG_CACHE_HOME=cache, FASTCHARGPT_OFFLINE="0")
-    downloads.SOURCES.update(sources(url, Path(folder)))
-    ready.wait(60)
-    try:
-        results.put(len(load_corpus("shakespeare").train))
-    except Exception as error:
-        results.put(repr(error))
+FETCH = """
+import sys
+from fastchargpt import downloads
+url, sha256 = sys.argv[1:]
+downloads.READ_SECONDS = 90.0
+downloads.SOURCES["shakespeare"] = downloads.Source(url=url, filename="tinyshakespeare.txt", sha256=sha256)
+print(len(downloads.fetch_named("shakespeare")[0]))
+"""
 
 
-def test_two_processes_download_at_once(served: Path, tmp_path: Path) -> None:
-    context = multiprocessing.get_context("spawn")
-    ready, results = context.Barrier(2), context.Queue()
-    url = downloads.SOURCES["shakespeare"].url.rsplit("/", 1)[0]
-    arguments = (url, str(served), str(tmp_path / "both"), ready, results)
-    children = [context.Process(target=load_in_child, args=arguments) for _ in range(2)]
+def test_two_processes_download_at_once(served: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Quiet, "gate", threading.Barrier(2))  # neither gets a byte before both have asked
+    source = downloads.SOURCES["shakespeare"]
+    command = [sys.executable, "-c", FETCH, source.url, source.sha256]
+    children = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
     for child in children:
-        child.start()
-    found = [results.get(timeout=60) for _ in children]
-    for child in children:
-        child.join(60)
-    assert found == [int(0.9 * len(TEXT))] * 2
-    assert [path.name for path in (tmp_path / "both" / "fastchargpt").iterdir()] == ["tinyshakespeare.txt"]
+        printed, complaint = child.communicate(timeout=100)
+        assert printed.split() == [str(len(TEXT.encode()))], complaint
+    assert [path.name for path in (tmp_path / "cache" / "fastchargpt").iterdir()] == ["tinyshakespeare.txt"]
 
 
 # --- text files ---------------------------------------------------------------------------------------------------
