@@ -172,6 +172,7 @@ class TokenBatches:
         rng, epoch, cursor = state["rng"], state["epoch"], state["cursor"]
         if any(type(value) is not int or value < 0 for value in (epoch, cursor)) or (epoch and rng is None):
             raise CheckpointError("the data cursor is damaged: epoch and cursor must be counts, with a generator state")
+        self.epoch, self._cursor, self._starts, self._epoch_rng = 0, 0, self._starts[:0], None
         if rng is None:
             return
         # The global generator is not ours to set: an epoch drawn from it is drawn again from a copy.
@@ -180,8 +181,8 @@ class TokenBatches:
             generator.set_state(rng)
         except (RuntimeError, TypeError, AttributeError) as error:
             raise CheckpointError(f"the data cursor is damaged: its generator state is not one ({error})") from None
-        self._starts, self._epoch_rng = self._starts[:0], rng.clone()
         if epoch:
+            self._epoch_rng = rng.clone()
             self._starts = self._draw_epoch(generator)
         if cursor > len(self._starts):
             raise CheckpointError(f"the data cursor is damaged: {cursor} of {len(self._starts)} windows given out")
