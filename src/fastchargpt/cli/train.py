@@ -174,4 +174,4 @@ def _sample(folder: Path) -> str:
 
     model, tokenizer = load(folder)
     assert tokenizer is not None
-    return generate(model, tokenizer, "\n", SamplingConfig(max_new_tokens=SAMPLE_TOKENS, temperature=0.8, seed=1337))[0].text
+    return generate(model, tokenizer, "", SamplingConfig(max_new_tokens=SAMPLE_TOKENS, temperature=0.8, seed=1337))[0].text
