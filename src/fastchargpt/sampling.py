@@ -1,0 +1,349 @@
+"""From logits to a token: every knob a pure function, and only the knobs that are on cost anything.
+
+The knobs act in this order, each on what the one before left:
+
+1. `repetition_penalty`, `presence_penalty`, `frequency_penalty` on the model's own logits (the first looks at signs)
+2. `logit_bias`, then `banned`
+3. `temperature`
+4. `top_k`, `top_p`, `min_p`, `typical_p`
+5. one draw by inverting the distribution function, with one uniform number per sequence and step
+
+The uniforms come from counter-based streams, one for each sequence, so what a sequence draws does not depend on its
+neighbours in the batch. Shapes: B sequences, V tokens in the vocabulary.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .errors import SamplingError
+
+__all__ = [
+    "Sampler",
+    "SamplingConfig",
+    "add_bias",
+    "draw",
+    "keep_min_p",
+    "keep_top_k",
+    "keep_top_p",
+    "keep_typical",
+    "penalise_counts",
+    "penalise_repeats",
+    "uniforms",
+]
+
+_MAX_SEED = 2**63  # seeds stay within what a checkpoint, a JSON file and torch's generator can hold
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingConfig:
+    """How to continue a text. Checked on construction; the default draws from the model's own distribution.
+
+    Raises:
+        SamplingError: a knob is out of range, or two knobs contradict each other.
+    """
+
+    max_new_tokens: int = 500  # tokens
+    temperature: float = 1.0  # logits are divided by it; 0 takes the likeliest token (greedy)
+    top_k: int | None = None  # tokens; keep the k likeliest, and ties with the k-th; over the vocabulary: keep all
+    top_p: float | None = None  # probability in (0, 1]; keep the fewest likeliest tokens that hold this mass
+    min_p: float | None = None  # in [0, 1]; keep tokens at least this fraction as likely as the likeliest
+    typical_p: float | None = None  # probability in (0, 1]; the same mass, of the tokens nearest the mean surprise
+    repetition_penalty: float = 1.0  # logits of tokens in prompt and continuation are divided by it (if < 0: times it)
+    presence_penalty: float = 0.0  # logits, subtracted once from each token that the continuation has
+    frequency_penalty: float = 0.0  # logits, subtracted for each time that the continuation has the token
+    logit_bias: Mapping[str | int, float] = field(default_factory=dict)  # logits added; a str is a one-token text
+    banned: tuple[str | int, ...] = ()  # tokens never drawn; a str is a one-token text, an int a token
+    stop: tuple[str, ...] = ()  # the text ends before the first of these
+    num_samples: int = 1  # continuations of each prompt
+    seed: int | None = None  # sequence i draws from stream seed + i; None takes one from torch's generator
+    logprobs: int | None = None  # report the model's own log-probability of each token, and of so many alternatives
+    context: Literal["crop", "rechunk"] = "crop"  # past block_size, learned positions: see generate
+
+    def __post_init__(self) -> None:
+        for name in ("max_new_tokens", "num_samples", "top_k", "seed", "logprobs"):
+            self._whole(name)
+        for name in ("temperature", "top_p", "min_p", "typical_p", "repetition_penalty"):
+            self._number(name)
+        for name in ("presence_penalty", "frequency_penalty"):
+            self._number(name)
+        self._within("max_new_tokens", self.max_new_tokens >= 0, "at least 0")
+        self._within("num_samples", self.num_samples >= 1, "at least 1")
+        greedy_or_safe = self.temperature == 0 or self.temperature >= 1e-6
+        self._within("temperature", greedy_or_safe, "0 (the likeliest token) or at least 1e-6")
+        self._within("top_k", self.top_k is None or self.top_k >= 1, "at least 1 (None keeps every token)")
+        self._within("top_p", self.top_p is None or 0 < self.top_p <= 1, "above 0 and at most 1")
+        self._within("min_p", self.min_p is None or 0 <= self.min_p <= 1, "from 0 to 1")
+        self._within("typical_p", self.typical_p is None or 0 < self.typical_p <= 1, "above 0 and at most 1")
+        self._within("repetition_penalty", 1e-3 <= self.repetition_penalty <= 1e3, "from 0.001 to 1000 (1 is none)")
+        self._within("presence_penalty", abs(self.presence_penalty) <= 1e3, "from -1000 to 1000 (0 is none)")
+        self._within("frequency_penalty", abs(self.frequency_penalty) <= 1e3, "from -1000 to 1000 (0 is none)")
+        self._within("seed", self.seed is None or 0 <= self.seed < _MAX_SEED, "from 0 to 2**63 - 1")
+        self._within("logprobs", self.logprobs is None or self.logprobs >= 0, "at least 0")
+        self._within("context", self.context in ("crop", "rechunk"), "'crop' or 'rechunk'")
+        self._check_tokens()
+        self._check_contradictions()
+
+    def _whole(self, name: str) -> None:
+        value = getattr(self, name)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+            raise SamplingError(f"{name} must be a whole number, got {value!r}")
+
+    def _number(self, name: str) -> None:
+        value = getattr(self, name)
+        optional = next(f.default for f in fields(self) if f.name == name) is None
+        if optional and value is None:
+            return
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+            raise SamplingError(f"{name} must be a finite number, got {value!r}")
+
+    def _within(self, name: str, holds: bool, rule: str) -> None:
+        if not holds:
+            raise SamplingError(f"{name} must be {rule}, got {getattr(self, name)!r}")
+
+    def _check_tokens(self) -> None:
+        for name in ("stop", "banned"):
+            if isinstance(single := getattr(self, name), str):
+                raise SamplingError(f"{name} must be a tuple of texts, got the single text {single!r}")
+        for text in self.stop:
+            if not isinstance(text, str) or text == "":
+                raise SamplingError(f"a stop string must be a text of at least one character, got {text!r}")
+        for token, bias in self.logit_bias.items():
+            if isinstance(bias, bool) or not isinstance(bias, (int, float)) or not abs(bias) <= 1e6:
+                raise SamplingError(
+                    f"logit_bias of {token!r} must be from -1e6 to 1e6, got {bias!r}: "
+                    "to forbid a token, put it in banned"
+                )
+        both = [token for token in self.banned if token in self.logit_bias]
+        if both:
+            raise SamplingError(f"{both[0]!r} is both banned and in logit_bias: keep one of the two")
+
+    def _check_contradictions(self) -> None:
+        if self.temperature == 0:
+            for name, off in (
+                ("top_k", (None, 1)),
+                ("top_p", (None, 1)),
+                ("min_p", (None, 0)),
+                ("typical_p", (None, 1)),
+            ):
+                if getattr(self, name) not in off:
+                    raise SamplingError(
+                        f"temperature 0 takes the likeliest token, so {name}={getattr(self, name)!r} has no say: "
+                        f"drop {name} or give a temperature above 0"
+                    )
+            if self.num_samples > 1:
+                raise SamplingError(
+                    f"temperature 0 would give num_samples={self.num_samples} copies of one text: "
+                    "ask for 1 sample or give a temperature above 0"
+                )
+
+
+def keep_top_k(logits: Tensor, k: int) -> Tensor:
+    """(B, V) -> (B, V): -inf below the k-th largest logit of the row; ties with it stay; k over V keeps all."""
+    if k >= logits.size(-1):
+        return logits
+    kth = torch.topk(logits, k, dim=-1).values[..., -1:]
+    return logits.masked_fill(logits < kth, -math.inf)
+
+
+def keep_top_p(logits: Tensor, p: float) -> Tensor:
+    """(B, V) -> (B, V): keep the fewest likeliest tokens whose probabilities sum to at least p, never none.
+
+    Source: Holtzman et al. 2020, "The Curious Case of Neural Text Degeneration", equation 3.
+    """
+    ordered, order = logits.sort(dim=-1, descending=True, stable=True)
+    prob = ordered.softmax(dim=-1)
+    before = prob.cumsum(dim=-1) - prob  # the mass of the likelier tokens: one stays while that is short of p
+    drop = before >= p
+    drop[..., 0] = False
+    return logits.masked_fill(drop.scatter(-1, order, drop), -math.inf)
+
+
+def keep_min_p(logits: Tensor, p: float) -> Tensor:
+    """(B, V) -> (B, V): keep tokens whose probability is at least p times that of the likeliest.
+
+    Source: Nguyen et al. 2024, "Turning Up the Heat: Min-p Sampling". In logits the rule is a distance from the
+    largest, so no softmax is needed.
+    """
+    if p == 0:
+        return logits
+    floor = logits.amax(dim=-1, keepdim=True) + math.log(p)
+    return logits.masked_fill(logits < floor, -math.inf)
+
+
+def keep_typical(logits: Tensor, p: float) -> Tensor:
+    """(B, V) -> (B, V): keep the tokens whose surprise is nearest the mean surprise, until their mass is at least p.
+
+    Source: Meister et al. 2023, "Locally Typical Sampling", equation 11.
+    """
+    logp = logits.log_softmax(dim=-1)
+    prob = logp.exp()
+    entropy = -torch.where(prob > 0, prob * logp, 0.0).sum(dim=-1, keepdim=True)
+    distance, order = (-logp - entropy).abs().sort(dim=-1, stable=True)
+    ordered = prob.gather(-1, order)
+    drop = (ordered.cumsum(dim=-1) - ordered >= p) | distance.isinf()
+    drop[..., 0] = False
+    return logits.masked_fill(drop.scatter(-1, order, drop), -math.inf)
+
+
+def penalise_repeats(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
+    """(B, V), seen (B, V) bool -> (B, V): seen tokens' logits are divided by the penalty, or times it below zero.
+
+    Source: Keskar et al. 2019, "CTRL", section 4.1, with the sign cared for as everyone does since.
+    """
+    return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+
+
+def penalise_counts(logits: Tensor, counts: Tensor, presence: float, frequency: float) -> Tensor:
+    """(B, V), counts (B, V) -> (B, V): minus presence where a token was drawn, minus frequency for each time."""
+    return logits - presence * (counts > 0).to(logits.dtype) - frequency * counts.to(logits.dtype)
+
+
+def add_bias(logits: Tensor, bias: Tensor) -> Tensor:
+    """(B, V), bias (V,) -> (B, V). A ban is a bias of -inf."""
+    return logits + bias
+
+
+def draw(logits: Tensor, u: Tensor) -> Tensor:
+    """(B, V), u (B,) float64 in [0, 1) -> tokens (B,) int64: the first token whose cumulative probability exceeds u.
+
+    In float64 and one row at a time, so a row's token does not depend on the other rows. A token of probability 0 is
+    never drawn: its cumulative probability is that of the token before it. u must stay on a grid of 2**-32, which
+    keeps u * total below total when it is rounded.
+    """
+    weight = (logits - logits.amax(dim=-1, keepdim=True)).double().exp_()
+    cumulative = weight.cumsum_(dim=-1)
+    return torch.searchsorted(cumulative, cumulative[..., -1:] * u[..., None], right=True)[..., 0]
+
+
+def uniforms(seeds: Sequence[int], start: int, count: int) -> Tensor:
+    """Uniform numbers (len(seeds), count) float64 in [0, 1) on a grid of 2**-32: draws start .. start + count - 1.
+
+    Row i depends on seeds[i] alone (a Philox counter keyed by the seed), and draw n of a seed is always the same
+    number, on every machine and whatever was drawn before.
+    """
+    rows = np.empty((len(seeds), count), dtype=np.uint64)
+    for row, seed in zip(rows, seeds, strict=True):
+        # Philox makes four numbers for each value of its counter
+        generator = np.random.Philox(key=seed, counter=start // 4)
+        row[:] = generator.random_raw(start % 4 + count)[start % 4 :]
+    return torch.from_numpy((rows >> np.uint64(32)).astype(np.float64) * 2.0**-32)
+
+
+_Knob = Callable[[Tensor], Tensor]
+
+
+class Sampler:
+    """The knobs of one configuration, for B sequences: `tokens = sampler(logits)`, once for each step.
+
+    Args:
+        config: the knobs; texts in `banned` and `logit_bias` must have been resolved to tokens (see `generate`).
+        vocab_size: V.
+        seeds: B seeds, one for each sequence.
+        prompts: the tokens of each prompt, for the repetition penalty; B of them, or none.
+        device: where the logits will lie.
+
+    Raises:
+        SamplingError: a token is outside the vocabulary, a text was not resolved, or every token is banned.
+    """
+
+    def __init__(
+        self,
+        config: SamplingConfig,
+        vocab_size: int,
+        seeds: Sequence[int],
+        prompts: Sequence[Sequence[int]] = (),
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.config = config
+        self.seeds = tuple(seeds)
+        self.greedy = config.temperature == 0 or config.top_k == 1
+        self._step = 0
+        self._table = torch.empty(len(self.seeds), 0, dtype=torch.float64, device=device)
+        self._table_start = 0
+        self._seen: Tensor | None = None
+        self._counts: Tensor | None = None
+        self._knobs: list[_Knob] = []
+        self._build(vocab_size, prompts, torch.device(device))
+
+    def _build(self, vocab_size: int, prompts: Sequence[Sequence[int]], device: torch.device) -> None:
+        config, shape = self.config, (len(self.seeds), vocab_size)
+        if (penalty := config.repetition_penalty) != 1:
+            seen = torch.zeros(shape, dtype=torch.bool)
+            for row, prompt in zip(seen, prompts, strict=bool(prompts)):
+                row[torch.as_tensor(prompt, dtype=torch.int64)] = True
+            self._seen = seen = seen.to(device)
+            self._knobs.append(lambda logits: penalise_repeats(logits, seen, penalty))
+        if (presence := config.presence_penalty) or config.frequency_penalty:
+            frequency = config.frequency_penalty
+            self._counts = counts = torch.zeros(shape, dtype=torch.int32, device=device)
+            self._knobs.append(lambda logits: penalise_counts(logits, counts, presence, frequency))
+        if config.logit_bias or config.banned:
+            bias = self._bias(vocab_size).to(device)
+            self._knobs.append(lambda logits: add_bias(logits, bias.to(logits.dtype)))
+        if self.greedy:
+            return
+        if (temperature := config.temperature) != 1:
+            self._knobs.append(lambda logits: logits / temperature)
+        cuts: tuple[tuple[float | None, Callable[[Tensor, float], Tensor], float], ...] = (
+            (config.top_p, keep_top_p, 1.0),
+            (config.min_p, keep_min_p, 0.0),
+            (config.typical_p, keep_typical, 1.0),
+        )
+        if (k := config.top_k) is not None and k < vocab_size:
+            self._knobs.append(lambda logits: keep_top_k(logits, k))
+        for value, cut, off in cuts:
+            if value is not None and value != off:
+                self._knobs.append(lambda logits, cut=cut, value=value: cut(logits, value))  # type: ignore[misc]
+
+    def _bias(self, vocab_size: int) -> Tensor:
+        bias = torch.zeros(vocab_size, dtype=torch.float64)
+        for name, tokens in (("logit_bias", self.config.logit_bias), ("banned", self.config.banned)):
+            for token in tokens:
+                if not isinstance(token, int):
+                    raise SamplingError(f"{name} has the text {token!r}: without a tokenizer it must be a token number")
+                if not 0 <= token < vocab_size:
+                    raise SamplingError(f"{name} has token {token}, outside the vocabulary of {vocab_size} tokens")
+                bias[token] = self.config.logit_bias[token] if name == "logit_bias" else -math.inf
+        if bool(bias.isinf().all()):
+            raise SamplingError(f"banned has all {vocab_size} tokens of the vocabulary: leave at least one")
+        return bias
+
+    def next_uniforms(self) -> Tensor:
+        """The next uniform number of each sequence, (B,) float64."""
+        column = self._step - self._table_start
+        if column >= self._table.size(1):
+            # doubling blocks: a short text does not pay for a long one's numbers
+            count = min(1024, max(32, 2 * self._table.size(1)))
+            self._table = uniforms(self.seeds, self._step, count).to(self._table.device)
+            self._table_start, column = self._step, 0
+        self._step += 1
+        return self._table[:, column]
+
+    def shape(self, logits: Tensor) -> Tensor:
+        """The logits (B, V) after every knob, ready for a draw (for greedy: for argmax)."""
+        for knob in self._knobs:
+            logits = knob(logits)
+        return logits
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        """(B, V) -> tokens (B,) int64; remembers them where a penalty needs it."""
+        logits = self.shape(logits)
+        if self.greedy:
+            tokens = logits.argmax(dim=-1)
+        else:
+            tokens = draw(logits, self.next_uniforms())
+        self.record(tokens)
+        return tokens
+
+    def record(self, tokens: Tensor) -> None:
+        """Count tokens (B,) that were drawn elsewhere, for the penalties."""
+        if self._seen is not None:
+            self._seen.scatter_(1, tokens[:, None], True)
+        if self._counts is not None:
+            self._counts.scatter_add_(1, tokens[:, None], torch.ones_like(tokens[:, None], dtype=torch.int32))
