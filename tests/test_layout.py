@@ -32,6 +32,7 @@ STAGES = [
     ["step", "evaluation"],
     ["checkpoint"],
     ["trainer", "loading"],
+    ["knobs"],
     ["sampling"],
     ["generation", "decode"],
     ["integrations"],

@@ -1,6 +1,6 @@
-"""From logits to a token: every knob a pure function, and only the knobs that are on cost anything.
+"""From logits to a token: which knobs there are, in which order they act; only those that are on cost anything.
 
-The knobs act in this order, each on what the one before left:
+The knobs (pure functions, knobs.py) act in this order, each on what the one before left:
 
 1. `repetition_penalty`, `presence_penalty`, `frequency_penalty` on the model's own logits (the first looks at signs)
 2. `logit_bias`, then `banned`
@@ -17,25 +17,23 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from .errors import SamplingError
+from fastchargpt.errors import SamplingError
+from fastchargpt.knobs import (
+    add_bias,
+    draw,
+    keep_min_p,
+    keep_top_k,
+    keep_top_p,
+    keep_typical,
+    penalise_counts,
+    penalise_repeats,
+    uniforms,
+)
 
-__all__ = [
-    "Sampler",
-    "SamplingConfig",
-    "add_bias",
-    "draw",
-    "keep_min_p",
-    "keep_top_k",
-    "keep_top_p",
-    "keep_typical",
-    "penalise_counts",
-    "penalise_repeats",
-    "uniforms",
-]
+__all__ = ["Sampler", "SamplingConfig"]
 
 _MAX_SEED = 2**63  # seeds stay within what a checkpoint, a JSON file and torch's generator can hold
 
@@ -48,22 +46,40 @@ class SamplingConfig:
         SamplingError: a knob is out of range, or two knobs contradict each other.
     """
 
-    max_new_tokens: int = 500  # tokens
-    temperature: float = 1.0  # logits are divided by it; 0 takes the likeliest token (greedy)
-    top_k: int | None = None  # tokens; keep the k likeliest, and ties with the k-th; over the vocabulary: keep all
-    top_p: float | None = None  # probability in (0, 1]; keep the fewest likeliest tokens that hold this mass
-    min_p: float | None = None  # in [0, 1]; keep tokens at least this fraction as likely as the likeliest
-    typical_p: float | None = None  # probability in (0, 1]; the same mass, of the tokens nearest the mean surprise
-    repetition_penalty: float = 1.0  # logits of tokens in prompt and continuation are divided by it (if < 0: times it)
-    presence_penalty: float = 0.0  # logits, subtracted once from each token that the continuation has
-    frequency_penalty: float = 0.0  # logits, subtracted for each time that the continuation has the token
-    logit_bias: Mapping[str | int, float] = field(default_factory=dict)  # logits added; a str is a one-token text
-    banned: tuple[str | int, ...] = ()  # tokens never drawn; a str is a one-token text, an int a token
-    stop: tuple[str, ...] = ()  # the text ends before the first of these
-    num_samples: int = 1  # continuations of each prompt
-    seed: int | None = None  # sequence i draws from stream seed + i; None takes one from torch's generator
-    logprobs: int | None = None  # report the model's own log-probability of each token, and of so many alternatives
-    context: Literal["crop", "rechunk"] = "crop"  # past block_size, learned positions: see generate
+    # tokens
+    max_new_tokens: int = 500
+    # logits are divided by it; 0 takes the likeliest token (greedy)
+    temperature: float = 1.0
+    # tokens; keep the k likeliest, and ties with the k-th; over the vocabulary: keep all
+    top_k: int | None = None
+    # probability in (0, 1]; keep the fewest likeliest tokens that hold this mass
+    top_p: float | None = None
+    # in [0, 1]; keep tokens at least this fraction as likely as the likeliest
+    min_p: float | None = None
+    # probability in (0, 1]; the same mass, of the tokens nearest the mean surprise
+    typical_p: float | None = None
+    # logits of tokens in prompt and continuation are divided by it (if < 0: times it)
+    repetition_penalty: float = 1.0
+    # logits, subtracted once from each token that the continuation has
+    presence_penalty: float = 0.0
+    # logits, subtracted for each time that the continuation has the token
+    frequency_penalty: float = 0.0
+    # logits added; a str is a one-token text
+    logit_bias: Mapping[str | int, float] = field(default_factory=dict)
+    # tokens never drawn; a str is a one-token text, an int a token
+    banned: tuple[str | int, ...] = ()
+    # the text ends before the first of these
+    stop: tuple[str, ...] = ()
+    # continuations of each prompt
+    num_samples: int = 1
+    # sequence i draws from stream seed + i; None takes one from torch's generator
+    seed: int | None = None
+    # report the model's own log-probability of each token, and of so many alternatives
+    logprobs: int | None = None
+    # what goes on past block_size: crop recomputes the last block_size tokens for each new one, as nanoGPT does;
+    # rechunk drops the oldest half and computes the rest once; slide drops the oldest key and value (RoPE only);
+    # auto is slide for RoPE and crop for learned positions
+    context: Literal["auto", "crop", "rechunk", "slide"] = "auto"
 
     def __post_init__(self) -> None:
         for name in ("max_new_tokens", "num_samples", "top_k", "seed", "logprobs"):
@@ -85,7 +101,8 @@ class SamplingConfig:
         self._within("frequency_penalty", abs(self.frequency_penalty) <= 1e3, "from -1000 to 1000 (0 is none)")
         self._within("seed", self.seed is None or 0 <= self.seed < _MAX_SEED, "from 0 to 2**63 - 1")
         self._within("logprobs", self.logprobs is None or self.logprobs >= 0, "at least 0")
-        self._within("context", self.context in ("crop", "rechunk"), "'crop' or 'rechunk'")
+        contexts = ("auto", "crop", "rechunk", "slide")
+        self._within("context", self.context in contexts, f"one of {', '.join(contexts)}")
         self._check_tokens()
         self._check_contradictions()
 
@@ -141,98 +158,6 @@ class SamplingConfig:
                     f"temperature 0 would give num_samples={self.num_samples} copies of one text: "
                     "ask for 1 sample or give a temperature above 0"
                 )
-
-
-def keep_top_k(logits: Tensor, k: int) -> Tensor:
-    """(B, V) -> (B, V): -inf below the k-th largest logit of the row; ties with it stay; k over V keeps all."""
-    if k >= logits.size(-1):
-        return logits
-    kth = torch.topk(logits, k, dim=-1).values[..., -1:]
-    return logits.masked_fill(logits < kth, -math.inf)
-
-
-def keep_top_p(logits: Tensor, p: float) -> Tensor:
-    """(B, V) -> (B, V): keep the fewest likeliest tokens whose probabilities sum to at least p, never none.
-
-    Source: Holtzman et al. 2020, "The Curious Case of Neural Text Degeneration", equation 3.
-    """
-    ordered, order = logits.sort(dim=-1, descending=True, stable=True)
-    prob = ordered.softmax(dim=-1)
-    before = prob.cumsum(dim=-1) - prob  # the mass of the likelier tokens: one stays while that is short of p
-    drop = before >= p
-    drop[..., 0] = False
-    return logits.masked_fill(drop.scatter(-1, order, drop), -math.inf)
-
-
-def keep_min_p(logits: Tensor, p: float) -> Tensor:
-    """(B, V) -> (B, V): keep tokens whose probability is at least p times that of the likeliest.
-
-    Source: Nguyen et al. 2024, "Turning Up the Heat: Min-p Sampling". In logits the rule is a distance from the
-    largest, so no softmax is needed.
-    """
-    if p == 0:
-        return logits
-    floor = logits.amax(dim=-1, keepdim=True) + math.log(p)
-    return logits.masked_fill(logits < floor, -math.inf)
-
-
-def keep_typical(logits: Tensor, p: float) -> Tensor:
-    """(B, V) -> (B, V): keep the tokens whose surprise is nearest the mean surprise, until their mass is at least p.
-
-    Source: Meister et al. 2023, "Locally Typical Sampling", equation 11.
-    """
-    logp = logits.log_softmax(dim=-1)
-    prob = logp.exp()
-    entropy = -torch.where(prob > 0, prob * logp, 0.0).sum(dim=-1, keepdim=True)
-    distance, order = (-logp - entropy).abs().sort(dim=-1, stable=True)
-    ordered = prob.gather(-1, order)
-    drop = (ordered.cumsum(dim=-1) - ordered >= p) | distance.isinf()
-    drop[..., 0] = False
-    return logits.masked_fill(drop.scatter(-1, order, drop), -math.inf)
-
-
-def penalise_repeats(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
-    """(B, V), seen (B, V) bool -> (B, V): seen tokens' logits are divided by the penalty, or times it below zero.
-
-    Source: Keskar et al. 2019, "CTRL", section 4.1, with the sign cared for as everyone does since.
-    """
-    return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
-
-
-def penalise_counts(logits: Tensor, counts: Tensor, presence: float, frequency: float) -> Tensor:
-    """(B, V), counts (B, V) -> (B, V): minus presence where a token was drawn, minus frequency for each time."""
-    return logits - presence * (counts > 0).to(logits.dtype) - frequency * counts.to(logits.dtype)
-
-
-def add_bias(logits: Tensor, bias: Tensor) -> Tensor:
-    """(B, V), bias (V,) -> (B, V). A ban is a bias of -inf."""
-    return logits + bias
-
-
-def draw(logits: Tensor, u: Tensor) -> Tensor:
-    """(B, V), u (B,) float64 in [0, 1) -> tokens (B,) int64: the first token whose cumulative probability exceeds u.
-
-    In float64 and one row at a time, so a row's token does not depend on the other rows. A token of probability 0 is
-    never drawn: its cumulative probability is that of the token before it. u must stay on a grid of 2**-32, which
-    keeps u * total below total when it is rounded.
-    """
-    weight = (logits - logits.amax(dim=-1, keepdim=True)).double().exp_()
-    cumulative = weight.cumsum_(dim=-1)
-    return torch.searchsorted(cumulative, cumulative[..., -1:] * u[..., None], right=True)[..., 0]
-
-
-def uniforms(seeds: Sequence[int], start: int, count: int) -> Tensor:
-    """Uniform numbers (len(seeds), count) float64 in [0, 1) on a grid of 2**-32: draws start .. start + count - 1.
-
-    Row i depends on seeds[i] alone (a Philox counter keyed by the seed), and draw n of a seed is always the same
-    number, on every machine and whatever was drawn before.
-    """
-    rows = np.empty((len(seeds), count), dtype=np.uint64)
-    for row, seed in zip(rows, seeds, strict=True):
-        # Philox makes four numbers for each value of its counter
-        generator = np.random.Philox(key=seed, counter=start // 4)
-        row[:] = generator.random_raw(start % 4 + count)[start % 4 :]
-    return torch.from_numpy((rows >> np.uint64(32)).astype(np.float64) * 2.0**-32)
 
 
 _Knob = Callable[[Tensor], Tensor]
