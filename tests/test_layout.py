@@ -131,3 +131,14 @@ def test_nothing_names_a_machine() -> None:
             text = path.read_text(encoding="utf-8", errors="replace")
             assert str(ROOT) + "/" not in text, name
             assert home + "/" not in text, name
+
+
+def test_module_size() -> None:
+    # a file is read in one sitting
+    long = {
+        str(path.relative_to(ROOT)): count
+        for folder in ("src", "kernels")
+        for path in (ROOT / folder).rglob("*.py")
+        if (count := len(path.read_text(encoding="utf-8").splitlines())) > 450
+    }
+    assert not long

@@ -36,8 +36,12 @@ class KVCache:
         shape = (config.n_layer, 2, batch_size, config.kv_heads, self.capacity, config.head_dim)
         self.kv_L2BHSD = torch.zeros(shape, device=device, dtype=dtype)
 
+    @torch.no_grad()
     def append(self, layer: int, k_BHTD: Tensor, v_BHTD: Tensor) -> tuple[Tensor, Tensor]:
-        """Write the new keys and values of a layer after those it holds, and return all of them as views."""
+        """Write the new keys and values of a layer after those it holds, and return all of them as views.
+
+        Decoding only: no gradient flows through the cache.
+        """
         start, end = self.length, self.length + k_BHTD.shape[2]
         k_BHSD, v_BHSD = self.kv_L2BHSD[layer]
         k_BHSD[:, :, start:end] = k_BHTD
