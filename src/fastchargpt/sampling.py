@@ -191,8 +191,8 @@ class Sampler:
         self._step = 0
         self._table = torch.empty(len(self.seeds), 0, dtype=torch.float64, device=device)
         self._table_start = 0
-        self._seen: Tensor | None = None
-        self._counts: Tensor | None = None
+        # (B, V): tokens of prompt and continuation, and how often the continuation has each; empty where no knob asks
+        self._seen = self._counts = torch.empty(0)
         self._knobs: list[_Knob] = []
         self._build(vocab_size, prompts, torch.device(device))
 
@@ -202,12 +202,12 @@ class Sampler:
             seen = torch.zeros(shape, dtype=torch.bool)
             for row, prompt in zip(seen, prompts, strict=bool(prompts)):
                 row[torch.as_tensor(prompt, dtype=torch.int64)] = True
-            self._seen = seen = seen.to(device)
-            self._knobs.append(lambda logits: penalise_repeats(logits, seen, penalty))
+            self._seen = seen.to(device)
+            self._knobs.append(lambda logits: penalise_repeats(logits, self._seen, penalty))
         if (presence := config.presence_penalty) or config.frequency_penalty:
             frequency = config.frequency_penalty
-            self._counts = counts = torch.zeros(shape, dtype=torch.int32, device=device)
-            self._knobs.append(lambda logits: penalise_counts(logits, counts, presence, frequency))
+            self._counts = torch.zeros(shape, dtype=torch.int32, device=device)
+            self._knobs.append(lambda logits: penalise_counts(logits, self._counts, presence, frequency))
         if config.logit_bias or config.banned:
             bias = self._bias(vocab_size).to(device)
             self._knobs.append(lambda logits: add_bias(logits, bias.to(logits.dtype)))
@@ -239,16 +239,19 @@ class Sampler:
             raise SamplingError(f"banned has all {vocab_size} tokens of the vocabulary: leave at least one")
         return bias
 
-    def next_uniforms(self) -> Tensor:
-        """The next uniform number of each sequence, (B,) float64."""
+    def peek_uniforms(self, count: int) -> Tensor:
+        """The next `count` uniform numbers of each sequence, (B, count) float64, without using them up."""
         column = self._step - self._table_start
-        if column >= self._table.size(1):
+        if column + count > self._table.size(1):
             # doubling blocks: a short text does not pay for a long one's numbers
-            count = min(1024, max(32, 2 * self._table.size(1)))
-            self._table = uniforms(self.seeds, self._step, count).to(self._table.device)
+            block = max(count, min(1024, max(32, 2 * self._table.size(1))))
+            self._table = uniforms(self.seeds, self._step, block).to(self._table.device)
             self._table_start, column = self._step, 0
-        self._step += 1
-        return self._table[:, column]
+        return self._table[:, column : column + count]
+
+    def use_uniforms(self, count: int) -> None:
+        """Move on by `count` draws."""
+        self._step += count
 
     def shape(self, logits: Tensor) -> Tensor:
         """The logits (B, V) after every knob, ready for a draw (for greedy: for argmax)."""
@@ -262,13 +265,24 @@ class Sampler:
         if self.greedy:
             tokens = logits.argmax(dim=-1)
         else:
-            tokens = draw(logits, self.next_uniforms())
+            tokens = draw(logits, self.peek_uniforms(1)[:, 0])
+            self.use_uniforms(1)
         self.record(tokens)
         return tokens
 
     def record(self, tokens: Tensor) -> None:
         """Count tokens (B,) that were drawn elsewhere, for the penalties."""
-        if self._seen is not None:
+        if self._seen.numel():
             self._seen.scatter_(1, tokens[:, None], True)
-        if self._counts is not None:
+        if self._counts.numel():
             self._counts.scatter_add_(1, tokens[:, None], torch.ones_like(tokens[:, None], dtype=torch.int32))
+
+    def select(self, places: Sequence[int]) -> None:
+        """Go on with these of the present rows only, in this order."""
+        index = torch.tensor(places, device=self._table.device)
+        self.seeds = tuple(self.seeds[place] for place in places)
+        self._table = self._table[index]
+        if self._seen.numel():
+            self._seen = self._seen[index]
+        if self._counts.numel():
+            self._counts = self._counts[index]
