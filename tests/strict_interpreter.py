@@ -36,6 +36,7 @@ from typing import Any
 import numpy as np
 import torch
 import triton
+import triton.compiler.code_generator  # keeps references to parts of tl: must not see it patched when first imported
 import triton.language as tl
 from strict_builder import StrictBuilder
 from strict_memory import (

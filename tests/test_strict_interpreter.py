@@ -206,6 +206,7 @@ def test_same_kernel_object_compiles_outside_the_scope():
         JITFunction.__call__,
         triton.jit,
     )
+    assert triton.compiler.code_generator.CodeGenerator.builtin_namespace["min"] is tl.core.builtin_min
     assert not triton.knobs.runtime.interpret
     source = triton.compiler.ASTSource(
         softmax_kernel, {"x_ptr": "*fp32", "y_ptr": "*fp32", "n": "i32", "BLOCK": "constexpr"}, {"BLOCK": 32}
