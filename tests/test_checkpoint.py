@@ -218,7 +218,7 @@ def test_a_pickle_with_code_does_not_run(tmp_path: Path) -> None:
 
     folder = tmp_path / "c"
     save_checkpoint(folder, checkpoint())
-    payload = pickle.dumps(Hostile())
+    payload = pickle.dumps(Hostile(), protocol=2)
     (folder / "trainer.pt").write_bytes(payload)
     _rewrite(folder, lambda c: c["files"].update({"trainer.pt": hashlib.sha256(payload).hexdigest()}))
     with pytest.raises(CheckpointError, match=r"trainer.pt"):

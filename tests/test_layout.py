@@ -22,7 +22,7 @@ STAGES = [
     ["config", "hardware", "metrics", "plotting", "outdir", "signals", "machine", "timing", "roofline"],
     ["tokens", "presets", "cache"],
     ["bpe", "tokenizers"],
-    ["downloads", "nanogpt_data", "token_files", "corpus"],
+    ["downloads", "nanogpt_data", "text_files", "corpus"],
     ["batches"],
     ["kernels"],
     ["attention", "parity"],

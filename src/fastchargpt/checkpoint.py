@@ -10,6 +10,7 @@ removes the old. Whatever moment a save is cut off at, one of the three is whole
 import hashlib
 import json
 import os
+import pickle
 import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -109,6 +110,7 @@ def load_checkpoint(
     Raises:
         CheckpointError: there is none, it is damaged, foreign, or written by a later version; the message says which.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     folder = _find(Path(folder))
@@ -125,14 +127,23 @@ def load_checkpoint(
         raise CheckpointError(f"{folder / CONFIG} describes a model that this version does not know: {error}") from None
     if WEIGHTS not in content["files"]:
         raise CheckpointError(f"{folder / CONFIG} lists no {WEIGHTS}: the checkpoint is damaged")
-    weights = load_file(folder / WEIGHTS, device=str(device))
+    try:
+        weights = load_file(folder / WEIGHTS, device=str(device))
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{folder / WEIGHTS} holds no weights that can be read ({_reason(error)})") from None
     if model_config.tie_weights and TIED_KEPT in weights:
         weights[TIED_COPY] = weights[TIED_KEPT]
     trainer_state = None
     if with_trainer:
         if TRAINER not in content["files"]:
             raise CheckpointError(f"{folder} holds weights but no {TRAINER}: it can be sampled from, not resumed")
-        trainer_state = torch.load(folder / TRAINER, map_location="cpu", weights_only=True)
+        try:
+            trainer_state = torch.load(folder / TRAINER, map_location="cpu", weights_only=True)
+        except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError):
+            raise CheckpointError(
+                f"{folder / TRAINER} holds more than tensors and plain values, so it was not written by fastchargpt and "
+                "is not read"
+            ) from None
     return Checkpoint(
         model_config=model_config,
         weights=weights,

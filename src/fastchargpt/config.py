@@ -11,7 +11,10 @@ from typing import Any, Literal, Self, TypeVar, get_args, get_origin, get_type_h
 
 from fastchargpt.errors import ConfigError, nearest
 
-__all__ = ["Family", "GPTConfig", "TrainConfig", "config_from_dict"]
+__all__ = ["IGNORE_INDEX", "Family", "GPTConfig", "TrainConfig", "config_from_dict"]
+
+# the target of a position that does not count in the loss, as in nanoGPT
+IGNORE_INDEX = -1
 
 Family = Literal["lecture", "nanogpt", "modern"]
 C = TypeVar("C", "GPTConfig", "TrainConfig")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastchargpt.attention import explain_attention
-from fastchargpt.batches import TokenBatches
+from fastchargpt.batches import TokenBatches, place_tokens
 from fastchargpt.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from fastchargpt.config import GPTConfig, TrainConfig
 from fastchargpt.corpus import Corpus
@@ -84,8 +84,9 @@ class Trainer:
         torch.manual_seed(config.seed)
         self.model = GPT(model_config).to(self.device)
         self.model.set_attention(config.attention)
+        self._train_tokens, self._val_tokens = place_tokens(corpus.train, self.device), place_tokens(corpus.val, self.device)
         self.batches = TokenBatches(
-            corpus.train,
+            self._train_tokens,
             batch_size=config.batch_size * config.gradient_accumulation_steps,
             block_size=model_config.block_size,
             order=config.order,
@@ -193,12 +194,12 @@ class Trainer:
         iteration, block_size = self.step.iteration, self.model.config.block_size
         train = evaluate(
             self.model,
-            self.corpus.train,
+            self._train_tokens,
             block_size=block_size,
             precision=self.precision,
             max_batches=self._train_batches(),
         )
-        val = evaluate(self.model, self.corpus.val, block_size=block_size, precision=self.precision)
+        val = evaluate(self.model, self._val_tokens, block_size=block_size, precision=self.precision)
         if not math.isfinite(val.loss):
             raise TrainingError(self._not_finite("the validation loss", val.loss, iteration))
         self.val_loss, self._evaluated_at = val.loss, iteration

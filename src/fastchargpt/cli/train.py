@@ -52,8 +52,11 @@ class RunOptions:
 class TrainCommand:
     """Train a GPT on a text. nanoGPT's spellings work too: --n_layer=4, --device=cpu, --compile=False, --dtype=float32."""
 
+    # what to train on, and where to
     run: RunOptions = field(default_factory=RunOptions)
+    # the model
     model: GPTConfig = field(default_factory=GPTConfig)
+    # how it is trained
     train: TrainConfig = field(default_factory=TrainConfig)
 
 
