@@ -19,7 +19,7 @@ SOURCE = ROOT / "src" / "fastchargpt"
 # Left to right: a module may import from its own stage and those before it. ARCHITECTURE.md draws this.
 STAGES = [
     ["errors"],
-    ["config", "hardware", "metrics", "plotting", "outdir", "signals"],
+    ["config", "hardware", "metrics", "plotting", "outdir", "signals", "machine", "timing", "roofline"],
     ["tokens", "presets", "cache"],
     ["bpe", "tokenizers"],
     ["downloads", "text_files"],
@@ -27,7 +27,7 @@ STAGES = [
     ["corpus"],
     ["batches"],
     ["kernels"],
-    ["attention"],
+    ["attention", "parity"],
     ["layers", "bigram"],
     ["model"],
     ["optim", "precision"],
@@ -41,7 +41,7 @@ STAGES = [
     ["engines"],
     ["generation"],
     ["integrations"],
-    ["doctor", "cli"],
+    ["finding", "diagnosis", "doctor", "cli"],
 ]
 # A method that nanoGPT's GPT has and ours therefore has too, imported when it is called.
 FACADES = {("model", "optim"), ("model", "generation"), ("model", "sampling")}
