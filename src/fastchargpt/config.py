@@ -36,7 +36,9 @@ def _check_types(config: Any) -> None:
             continue
         if choices and float not in allowed and int not in allowed:
             known = ", ".join(map(str, choices))
-            _check(value in choices, f"{field.name} must be one of {known}, not {value!r}{nearest(str(value), choices)}")
+            _check(
+                value in choices, f"{field.name} must be one of {known}, not {value!r}{nearest(str(value), choices)}"
+            )
         elif bool in allowed:
             _check(isinstance(value, bool), f"{field.name} must be True or False, not {value!r}")
         elif float in allowed:
@@ -241,7 +243,9 @@ class TrainConfig:
             _check(getattr(self, name) >= 0, f"{name} must not be negative, and it is {getattr(self, name)}")
         for name in ("beta1", "beta2"):
             _check(0.0 <= getattr(self, name) < 1.0, f"{name} must be in [0, 1), not {getattr(self, name)}")
-        _check(0.0 < self.cooldown_fraction <= 1.0, f"cooldown_fraction must be in (0, 1], not {self.cooldown_fraction}")
+        _check(
+            0.0 < self.cooldown_fraction <= 1.0, f"cooldown_fraction must be in (0, 1], not {self.cooldown_fraction}"
+        )
         _check(
             self.lr_decay_iters is None or self.lr_decay_iters >= 1,
             f"lr_decay_iters must be at least 1 or None, not {self.lr_decay_iters}",

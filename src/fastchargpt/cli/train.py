@@ -80,7 +80,11 @@ def run(argv: Sequence[str]) -> int:
         config,
         corpus,
         out_dir=out_dir,
-        info={"data": _portable(options.data), "tokenizer": options.tokenizer, "bpe_vocab_size": options.bpe_vocab_size},
+        info={
+            "data": _portable(options.data),
+            "tokenizer": options.tokenizer,
+            "bpe_vocab_size": options.bpe_vocab_size,
+        },
         loggers=loggers,
         progress=sys.stderr.isatty(),
     )
@@ -174,4 +178,6 @@ def _sample(folder: Path) -> str:
 
     model, tokenizer = load(folder)
     assert tokenizer is not None
-    return generate(model, tokenizer, "", SamplingConfig(max_new_tokens=SAMPLE_TOKENS, temperature=0.8, seed=1337))[0].text
+    return generate(model, tokenizer, "", SamplingConfig(max_new_tokens=SAMPLE_TOKENS, temperature=0.8, seed=1337))[
+        0
+    ].text
