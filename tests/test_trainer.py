@@ -247,7 +247,8 @@ import dataclasses, sys
 from pathlib import Path
 import tests_trainer_parts as parts
 out = Path(sys.argv[1])
-trainer = parts.Trainer(parts.MODEL, dataclasses.replace(parts.CONFIG, max_iters=150, eval_interval=3), parts.corpus(), out_dir=out, log=lambda _: None)
+config = dataclasses.replace(parts.CONFIG, max_iters=150, eval_interval=3)
+trainer = parts.Trainer(parts.MODEL, config, parts.corpus(), out_dir=out, log=lambda _: None)
 if any((out / name).exists() for name in ("last", "last.new", "last.old")):
     trainer.resume()
 trainer.run()

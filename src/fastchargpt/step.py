@@ -16,9 +16,9 @@ from fastchargpt.precision import Precision, choose_precision
 
 __all__ = ["CompileChoice", "TrainStep", "choose_compile", "make_train_step"]
 
-# What compiling costs and gains, measured on two CPU cores (bench/README.md): a cold compile takes about half a minute
-# and saves about a twentieth of a 25 ms step. On a GPU a cold compile costs about a minute and a step gets about half as
-# long; the figure there is nanoGPT's own (README, "efficiency notes"), not ours.
+# What compiling costs and gains. On two CPU cores a cold compile takes about half a minute and saves about a twentieth
+# of a 25 ms step. On a GPU, by nanoGPT's own account (its README, "efficiency notes"), it takes about a minute and
+# halves a 250 ms step; nothing of ours has been measured there yet.
 CPU_ITERATIONS_TO_EARN = 25_000
 GPU_ITERATIONS_TO_EARN = 500
 

@@ -125,8 +125,8 @@ class Trainer:
         return [
             f"corpus: {self.corpus.name}, {len(self.corpus.train):,} training and {len(self.corpus.val):,} validation "
             f"tokens, vocabulary of {self.corpus.vocab_size}",
-            f"model: {self.model.get_num_params() / 1e6:.2f}M parameters, {model.n_layer} layers x {model.n_head} heads x "
-            f"{model.n_embd} channels, context {model.block_size}",
+            f"model: {self.model.get_num_params() / 1e6:.2f}M parameters, {model.n_layer} layers "
+            f"x {model.n_head} heads x {model.n_embd} channels, context {model.block_size}",
             f"step: {self.batches.batch_size} sequences, {tokens_per_step:,} tokens; {config.max_iters:,} steps are "
             f"{config.max_iters * tokens_per_step / max(1, len(self.corpus.train)):.1f} passes over the training split",
             f"device {self.device}; precision {self.precision.name}: {self.precision.reason}",
@@ -249,7 +249,8 @@ class Trainer:
         if self.out_dir is not None and self._evaluated_at >= 0:
             saved = f"the last good checkpoint is {self.out_dir / 'last'}, of step {self._evaluated_at}"
         return (
-            f"{what} is {value} at step {iteration} (learning rate {learning_rate_at(iteration, self.config):.3g}{norm}): "
+            f"{what} is {value} at step {iteration} "
+            f"(learning rate {learning_rate_at(iteration, self.config):.3g}{norm}): "
             f"lower --learning-rate or --grad-clip; {saved}"
         )
 
@@ -306,8 +307,8 @@ class Trainer:
         sizes = [len(self.corpus.train), len(self.corpus.val)]
         if checkpoint.info.get("corpus_tokens") != sizes:
             raise CheckpointError(
-                f"{folder} was trained on {checkpoint.info.get('corpus_tokens')} training and validation tokens, and the "
-                f"corpus {self.corpus.name} has {sizes}: resume with the --data it began with"
+                f"{folder} was trained on {checkpoint.info.get('corpus_tokens')} training and validation tokens, and "
+                f"the corpus {self.corpus.name} has {sizes}: resume with the --data it began with"
             )
         self.model.load_state_dict(checkpoint.weights)
         state = checkpoint.trainer_state
@@ -357,8 +358,8 @@ class Trainer:
             if isinstance(error, RuntimeError) and not _is_out_of_memory(error):
                 raise
             raise TrainingError(
-                f"out of memory at step {self.step.iteration}: lower --batch-size (and raise --gradient-accumulation-steps "
-                "to keep the step), --block-size or the model's size"
+                f"out of memory at step {self.step.iteration}: lower --batch-size (and raise "
+                "--gradient-accumulation-steps to keep the step), --block-size or the model's size"
             ) from None
 
 

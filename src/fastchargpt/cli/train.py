@@ -50,7 +50,7 @@ class RunOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainCommand:
-    """Train a GPT on a text. nanoGPT's spellings work too: --n_layer=4, --device=cpu, --compile=False, --dtype=float32."""
+    """Train a GPT on a text. nanoGPT's spellings work too: --n_layer=4, --compile=False, --dtype=float32."""
 
     # what to train on, and where to
     run: RunOptions = field(default_factory=RunOptions)
@@ -131,7 +131,8 @@ def _with_vocabulary(model: GPTConfig, corpus: Corpus, asked_for: bool) -> GPTCo
         return dataclasses.replace(model, vocab_size=corpus.vocab_size)
     if model.vocab_size < corpus.vocab_size:
         raise ConfigError(
-            f"--vocab-size {model.vocab_size} is below the {corpus.vocab_size} distinct tokens of {corpus.name}: leave it out"
+            f"--vocab-size {model.vocab_size} is below the {corpus.vocab_size} distinct tokens of {corpus.name}: "
+            "leave it out"
         )
     return model
 
