@@ -123,7 +123,7 @@ class TorchEngine:
                 q_BHD, k_BHD = qk_BHD[:, :heads], qk_BHD[:, heads:]
             else:
                 q_BHD, k_BHD = qkv_BHD[:, :heads], qkv_BHD[:, heads : heads + kv_heads]
-            k_BHSD, v_BHSD = self.cache.kv_L2BHSD[layer]
+            k_BHSD, v_BHSD = self.cache.kv_L2BHSD[layer, 0], self.cache.kv_L2BHSD[layer, 1]
             k_BHSD[rows, :, slot] = k_BHD
             v_BHSD[rows, :, slot] = qkv_BHD[:, heads + kv_heads :]
             y_BHTD = F.scaled_dot_product_attention(
@@ -215,4 +215,3 @@ def resolve_context(context: str, model: GPT) -> Literal["crop", "rechunk", "sli
     if context == "crop" or context == "rechunk" or context == "slide":
         return context  # type: ignore[return-value]
     return "slide" if rope else "crop"
-

@@ -18,6 +18,8 @@ __all__ = ["AHEAD", "NativeEngine", "native_problem"]
 
 # tokens drafted before each pass of the fp32 weights; measured, see bench/README.md
 AHEAD = 8
+# Threads meet five times a layer, which costs more than it gains where each has less than this to read.
+BYTES_PER_THREAD = 2**20
 
 
 def native_problem(model: GPT) -> str | None:
@@ -52,6 +54,7 @@ class NativeEngine(TorchEngine):
         if config.position == "rope":
             # room for the drafted tokens, so that they do not overwrite what the window still holds
             self.cache = KVCache(config, batch_size, capacity=config.block_size + AHEAD)
+        self._limit = config.block_size if self.rope is None else self.rope.shape[1]
         self.native = _packed(model, wide=not int8, narrow=int8 or draft)
         self.memory = NativeCache(self.cache.kv_L2BHSD, self.rope)
         self._tokens, self._rows_in, self._positions = np.zeros((3, batch_size), np.int32)
@@ -60,6 +63,7 @@ class NativeEngine(TorchEngine):
     def step(self, rows: Sequence[int], tokens: Sequence[int], positions: Sequence[int]) -> Tensor:
         """See `Engine`. The result is overwritten by the next step."""
         count = len(rows)
+        assert max(positions) < self._limit, "native code reads its tables unchecked"
         self._tokens[:count], self._rows_in[:count], self._positions[:count] = tokens, rows, positions
         self.native.step(
             self.memory,
@@ -75,7 +79,9 @@ class NativeEngine(TorchEngine):
         """Draw from what `step` returned; for knobs that `can_draw` allows."""
         return self.native.draw(logits, vocab_size, config.temperature, config.top_k or 0, u.contiguous().numpy())
 
-    def speculate(self, row: int, position: int, token: int, vocab_size: int, config: SamplingConfig, u: Tensor) -> list[int]:
+    def speculate(
+        self, row: int, position: int, token: int, vocab_size: int, config: SamplingConfig, u: Tensor
+    ) -> list[int]:
         """Append a token and draw 1 to len(u) more, the same that as many steps and draws would have given."""
         return self.native.speculate(
             self.memory,
@@ -96,7 +102,7 @@ _cache: "weakref.WeakKeyDictionary[GPT, tuple[tuple[object, ...], NativeModel]]"
 def _packed(model: GPT, *, wide: bool, narrow: bool) -> NativeModel:
     """The packed weights, packed anew only where the weights changed."""
     config = model.config
-    threads = torch.get_num_threads()
+    threads = max(1, min(torch.get_num_threads(), 4 * model.get_num_params() // BYTES_PER_THREAD))
     state = tuple((p.data_ptr(), p._version) for p in model.parameters())
     found = _cache.get(model)
     if found is not None:
