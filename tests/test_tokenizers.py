@@ -70,6 +70,9 @@ def test_char_dtype_and_every_id_at_the_borders(size: int) -> None:
     assert ids.dtype == (np.uint8 if size <= 256 else np.uint16 if size <= 65_536 else np.uint32)
     assert ids.tolist() == list(reversed(range(size)))
     assert tokenizer.decode(ids) == "".join(chars)
+    plain = tokenizer.encode(chars[0] * 3)  # latin text under a vocabulary that bytes cannot number
+    assert plain.tolist() == [size - 1] * 3
+    assert plain.dtype == ids.dtype
 
 
 @pytest.mark.parametrize("filler", ["a", "é", "ж"])
