@@ -1,4 +1,4 @@
-"""Cached decoding against computing everything anew: every family, every rule past block_size, prompts of any lengths."""
+"""Cached decoding against computing everything anew: every family, every rule past block_size, any prompts."""
 
 import dataclasses
 

@@ -15,6 +15,7 @@ from fastchargpt.errors import SamplingError, TokenizerError
 from fastchargpt.generation import generate_tokens
 
 CHARS = "\n abcdefghijklmn"
+VOCAB = len(CHARS)
 TOKENIZER = CharTokenizer(CHARS)
 ENGINES = [EngineConfig(), EngineConfig(engine="torch")]
 
@@ -27,7 +28,7 @@ def _one_thread():
     torch.set_num_threads(threads)
 
 
-def make_model(family="nanogpt", vocab_size=len(CHARS), dtype=torch.float32, **fields):
+def make_model(family="nanogpt", vocab_size=VOCAB, dtype=torch.float32, **fields):
     torch.manual_seed(3)
     shape = {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 10, "vocab_size": vocab_size, **fields}
     model = GPT(GPTConfig.family(family, **shape))
@@ -44,6 +45,7 @@ def uncached(model, idx, count):
     return idx
 
 
+@pytest.mark.filterwarnings("ignore:the native decoder is for float32")
 @pytest.mark.parametrize("family", ["nanogpt", "lecture", "modern"])
 @torch.no_grad()
 def test_greedy_equals_the_uncached_path_in_float64(family):
@@ -53,6 +55,7 @@ def test_greedy_equals_the_uncached_path_in_float64(family):
     assert torch.equal(found, uncached(model, idx, 25))
 
 
+@pytest.mark.filterwarnings("ignore:the native decoder is for float32")
 @torch.no_grad()
 def test_greedy_equals_nanogpt(monkeypatch):
     folder = os.environ.get("FASTCHARGPT_NANOGPT", "")
@@ -138,10 +141,10 @@ def test_ctrl_c_gives_out_what_was_held_back(monkeypatch):
         return advance(self, rows, tokens)
 
     monkeypatch.setattr(DecodeSession, "advance", interrupted)
-    shown = []
+    pieces = stream(model, TOKENIZER, "a", SamplingConfig(max_new_tokens=8, seed=1, stop=(stop,)))
+    shown: list[str] = []
     with pytest.raises(KeyboardInterrupt):
-        for piece in stream(model, TOKENIZER, "a", SamplingConfig(max_new_tokens=8, seed=1, stop=(stop,))):
-            shown.append(piece)
+        shown.extend(pieces)
     assert "".join(shown) == plain[:5]
 
 

@@ -11,6 +11,7 @@ from fastchargpt.cache import KVCache
 from fastchargpt.decode import TorchEngine
 from fastchargpt.errors import BackendUnavailableError
 from fastchargpt.kernels.cpu_decode import ACTIVATIONS, NativeCache, NativeModel, library
+from fastchargpt.layers import Block
 from fastchargpt.model import GPT
 from fastchargpt.sampling import SamplingConfig
 
@@ -95,8 +96,8 @@ class NativeEngine(TorchEngine):
         )
 
 
-# model -> (what its weights were, the packed copy)
-_cache: "weakref.WeakKeyDictionary[GPT, tuple[tuple[object, ...], NativeModel]]" = weakref.WeakKeyDictionary()
+# model -> what its weights were, whether fp32 and int8 were packed, and the packed copy
+_cache: "weakref.WeakKeyDictionary[GPT, tuple[object, tuple[bool, bool], NativeModel]]" = weakref.WeakKeyDictionary()
 
 
 def _packed(model: GPT, *, wide: bool, narrow: bool) -> NativeModel:
@@ -106,11 +107,11 @@ def _packed(model: GPT, *, wide: bool, narrow: bool) -> NativeModel:
     state = tuple((p.data_ptr(), p._version) for p in model.parameters())
     found = _cache.get(model)
     if found is not None:
-        (old_wide, old_narrow, *rest), packed = found
-        if rest == [threads, config, state] and old_wide >= wide and old_narrow >= narrow:
-            return packed
-        if rest == [threads, config, state]:
-            wide, narrow = wide or bool(old_wide), narrow or bool(old_narrow)
+        before, (had_wide, had_narrow), packed = found
+        if before == (threads, config, state):
+            if had_wide >= wide and had_narrow >= narrow:
+                return packed
+            wide, narrow = wide or had_wide, narrow or had_narrow
     ints = [
         config.n_layer,
         config.n_embd,
@@ -128,12 +129,13 @@ def _packed(model: GPT, *, wide: bool, narrow: bool) -> NativeModel:
         narrow,
     ]
     parts = model.transformer
-    weights = [parts.wte.weight, parts.wpe.weight if config.position == "learned" else None]
+    weights = [parts.wte.weight, None if parts.wpe is None else parts.wpe.weight]
     for block in parts.h:
+        assert isinstance(block, Block)
         for module in (block.ln_1, block.attn.c_attn, block.attn.c_proj, block.ln_2, block.mlp.c_fc, block.mlp.c_proj):
             weights += [getattr(module, "weight", None), getattr(module, "bias", None)]
     for module in (parts.ln_f, model.lm_head):
         weights += [getattr(module, "weight", None), getattr(module, "bias", None)]
     packed = NativeModel([int(value) for value in ints], config.logit_softcap or 0.0, weights)
-    _cache[model] = ((wide, narrow, threads, config, state), packed)
+    _cache[model] = ((threads, config, state), (wide, narrow), packed)
     return packed
