@@ -13,5 +13,5 @@ setup(
         "fastchargpt.kernels",
         *(f"fastchargpt.kernels.{name}" for name in find_packages("kernels")),
     ],
-    package_data={"fastchargpt": ["py.typed"], "fastchargpt.kernels": ["tuning/*.json"]},
+    package_data={"fastchargpt": ["py.typed"], "fastchargpt.kernels": ["tuning/*.json", "*.cpp"]},
 )
