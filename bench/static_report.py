@@ -3,9 +3,9 @@
     python bench/static_report.py            # prints tables in Markdown, writes bench/results/static.csv
     python bench/static_report.py sm_90 --head-dim 64
 
-For each target and shape: the bound of the package's own kernels, and beside its backward the textbook's (three launches:
-delta, dK and dV, dQ), written and judged in the same way, with the best of its own block sizes. Shapes keep the work of
-a training step: width 384 (heads = 384 / head_dim) and 16,384 tokens (batch = 16,384 / T).
+For each target and shape: the bound of the package's own kernels, and beside its backward the textbook's (three
+launches: delta, dK and dV, dQ), written and judged in the same way, with the best of its own block sizes. Shapes keep
+the work of a training step: width 384 (heads = 384 / head_dim) and 16,384 tokens (batch = 16,384 / T).
 
 How a row comes about: record_launches() notes what the package's host code would launch on the target, compile_launch()
 makes the machine code, the interpreter counts loop trips, products and bytes for one head, cost_model.py puts them
