@@ -217,7 +217,7 @@ def _triton_refusal(q: torch.Tensor) -> str | None:
         return "the Triton kernels have no float64"
     if not _TRITON_HEAD_DIM[0] <= head_dim <= _TRITON_HEAD_DIM[1]:
         return f"the Triton kernels take a head_dim from 8 to 256, and it is {head_dim}"
-    return triton_problem(q.device.type, q.device.index or 0, dtype == torch.bfloat16)
+    return triton_problem(q.device.type, q.device.index or 0)
 
 
 def _unpack(qkv: torch.Tensor, n_head: int, n_kv_head: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
