@@ -18,7 +18,19 @@ import torch
 
 from ..errors import ConfigError
 
-__all__ = ["KERNELS", "Config", "Entry", "Plan", "arch_of", "forced", "known_archs", "load_table", "plan", "save_table"]
+__all__ = [
+    "KERNELS",
+    "Config",
+    "Entry",
+    "Plan",
+    "arch_of",
+    "forced",
+    "known_archs",
+    "load_table",
+    "plan",
+    "save_table",
+    "table_problem",
+]
 
 KERNELS = ("forward", "decode", "tile", "blocks", "dq", "dkdv")
 FOLDER = Path(__file__).parent / "tuning"
@@ -100,6 +112,17 @@ def plan(device: torch.device, dtype: torch.dtype, head_dim: int, length: int, *
     if _forced:
         return _forced[-1]
     return plan_for(arch_of(device), "fp32" if dtype == torch.float32 else "half", head_dim, length, dropout)
+
+
+def table_problem(device: torch.device, dtype: torch.dtype, head_dim: int, *, dropout: bool) -> str | None:
+    """Why no table serves such heads at every length on `device`, as half a sentence, or None when one does."""
+    if _forced:
+        return None
+    try:
+        plan_for(arch_of(device), "fp32" if dtype == torch.float32 else "half", head_dim, 2**31, dropout)
+    except ConfigError as error:
+        return str(error)
+    return None
 
 
 @functools.lru_cache(maxsize=1024)
