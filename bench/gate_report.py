@@ -5,7 +5,7 @@
     python bench/gate_report.py --thorough   # fp16, non-causal, grouped heads and ragged head_dim too; not recorded
 
 tests/test_compile_gate.py compiles a part of this on every run and checks that the record covers the rest: a record
-counts as long as the kernel's source, its settings and Triton's version, all in its key, are the same. No GPU is needed.
+counts as long as the kernel's source, its settings and Triton's version, all in its key, are the same.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from launches import Case, cases, run_kernel  # noqa: E402
 from strict_interpreter import strict_interpreter  # noqa: E402
 from work_counter import WorkCounter  # noqa: E402
 
-__all__ = ["RECORD", "Row", "key_of", "read_record", "to_markdown"]
+__all__ = ["RECORD", "Row", "everything", "key_of", "read_record", "to_markdown"]
 
 RECORD = HERE / "results" / "gate.csv"
 COUNTED_LENGTH = 256  # sequence for which products and bytes are counted, where the entry serves it
