@@ -6,6 +6,7 @@ write one packed gradient. Outputs lie in memory as (B, T, H, D), so that the ne
 """
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -112,7 +113,7 @@ def _launch_backward(
     dout: torch.Tensor,
     dlse: torch.Tensor | None,
     tensors: tuple[torch.Tensor, ...],  # q, k, v, out, lse
-    gradients: tuple[torch.Tensor, ...],  # dq, dk, dv
+    gradients: Sequence[torch.Tensor],  # dq, dk, dv
     seed: torch.Tensor | None,
     scale: float,
     causal: bool,
@@ -136,10 +137,11 @@ def _rows_first(x: torch.Tensor) -> torch.Tensor:
     return x.new_empty((batch, time, heads, head_dim)).transpose(1, 2)
 
 
-def _unpack(qkv: torch.Tensor, n_head: int, n_kv_head: int) -> tuple[torch.Tensor, ...]:
+def _unpack(qkv: torch.Tensor, n_head: int, n_kv_head: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Views q, k, v (B, H, T, D) of a packed (B, T, (Hq + 2 Hkv) * D)."""
     heads = qkv.unflatten(2, (n_head + 2 * n_kv_head, -1)).transpose(1, 2)
-    return heads.split((n_head, n_kv_head, n_kv_head), dim=1)
+    q, k, v = heads.split((n_head, n_kv_head, n_kv_head), dim=1)
+    return q, k, v
 
 
 # -- operators
@@ -283,25 +285,25 @@ _packed_backward.register_autograd(_no_second_derivative)
 # -- FLOP formulas: counted as torch counts SDPA, two products forward and five backward, the causal half not left out
 
 
-@register_flop_formula(torch.ops.fastchargpt.attention_forward)  # type: ignore[untyped-decorator]
+@register_flop_formula(torch.ops.fastchargpt.attention_forward)
 def _forward_flops(q: torch.Size, k: torch.Size, *rest: Any, **named: Any) -> int:
     batch, heads, tq, head_dim = q
     return 2 * 2 * batch * heads * tq * k[2] * head_dim
 
 
-@register_flop_formula(torch.ops.fastchargpt.attention_backward)  # type: ignore[untyped-decorator]
+@register_flop_formula(torch.ops.fastchargpt.attention_backward)
 def _backward_flops(dout: torch.Size, dlse: torch.Size | None, q: torch.Size, k: torch.Size, *_: Any, **__: Any) -> int:
     return 5 * _forward_flops(q, k) // 2
 
 
-@register_flop_formula(torch.ops.fastchargpt.attention_packed_forward)  # type: ignore[untyped-decorator]
+@register_flop_formula(torch.ops.fastchargpt.attention_packed_forward)
 def _packed_forward_flops(qkv: torch.Size, seed: Any, n_head: int, n_kv_head: int, *_: Any, **__: Any) -> int:
     batch, time, width = qkv
     head_dim = width // (n_head + 2 * n_kv_head)
     return 2 * 2 * batch * n_head * time * time * head_dim
 
 
-@register_flop_formula(torch.ops.fastchargpt.attention_packed_backward)  # type: ignore[untyped-decorator]
+@register_flop_formula(torch.ops.fastchargpt.attention_packed_backward)
 def _packed_backward_flops(
     dout: torch.Size,
     dlse: torch.Size | None,

@@ -5,6 +5,8 @@ query heads that share it (packed into one tile), and writes its own softmax and
 merges the stretches. Source: Dao et al., "Flash-Decoding for long-context inference" (2023).
 """
 
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"
+# (a kernel is Triton's language in Python's grammar: its arguments have no Python types)
 import torch
 import triton
 import triton.language as tl
@@ -157,7 +159,7 @@ def decode_merge_kernel(
 
 
 def splits(q: torch.Tensor, k: torch.Tensor, processors: int, block_n: int) -> int:
-    """Into how many stretches the keys are cut: enough for every processor, at least one block each; 1 is not worth it."""
+    """Into how many stretches the keys are cut: enough for every processor, of at least one block; 1 is not worth it."""
     rows = q.shape[1] // k.shape[1] * q.shape[2]
     if rows > MAX_ROWS:
         return 1

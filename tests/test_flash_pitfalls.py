@@ -1,4 +1,4 @@
-"""The 25 ways in which attention kernels are known to go wrong, one by one, on the strict interpreter and the compiler."""
+"""The 25 known ways for attention kernels to go wrong, one by one, on the strict interpreter and the compiler."""
 
 import math
 import warnings
@@ -6,6 +6,10 @@ import warnings
 import pytest
 import torch
 from aot import compile_launch, record_launches
+from fastchargpt.kernels import flash, flash_backward, flash_forward, flash_short, naive
+from fastchargpt.kernels.launch import launch_arguments
+from fastchargpt.kernels.philox import draw_seed, keep_mask, keep_probability
+from fastchargpt.kernels.tuning import forced
 from flash_cases import PLANS, Case, inputs, judge, lay_out, plan_of
 from oracles import qkv_case, worst_error
 from strict_interpreter import strict_interpreter, with_margins
@@ -13,10 +17,6 @@ from torch.utils.checkpoint import checkpoint
 
 from fastchargpt.attention import causal_attention, causal_attention_packed
 from fastchargpt.errors import AttentionError
-from fastchargpt.kernels import flash, flash_backward, flash_forward, flash_short, naive
-from fastchargpt.kernels.launch import launch_arguments
-from fastchargpt.kernels.philox import draw_seed, keep_mask, keep_probability
-from fastchargpt.kernels.tuning import forced
 
 every_plan = pytest.mark.parametrize("plan", PLANS)
 
@@ -178,7 +178,7 @@ def test_pitfall_14_scale_zero_or_negative(plan: str, scale: float) -> None:
 @every_plan
 def test_pitfall_15_huge_logits(plan: str) -> None:
     case = Case(plan=plan, scale=1.0, **blocks_of(plan))
-    q, k, v, dout, dlse = inputs(case)
+    q, k, v, dout, _ = inputs(case)
     q, k = (1000.0 * x.round() for x in (q, k))  # logits of some 1e6, exact in fp32
     q, k, v = (x.requires_grad_() for x in (q, k, v))
     out = run(plan, q, k, v, scale=1.0)
