@@ -1,0 +1,68 @@
+"""Whether the Triton kernels can run here: asked once a device, answered in words."""
+
+import importlib.metadata
+import shutil
+import sys
+import warnings
+
+import torch
+
+__all__ = ["MINIMUM_TRITON", "triton_problem"]
+
+MINIMUM_TRITON = (3, 5)
+
+_ANSWERS: dict[tuple[str, int], str | None] = {}
+
+
+def triton_problem(device_type: str, index: int, bfloat16: bool) -> str | None:
+    """Why the Triton kernels cannot run on this device, as half a sentence, or None when they can.
+
+    The first time that a GPU has to go without them, it is said in a warning.
+    """
+    device = (device_type, index)
+    if device not in _ANSWERS:
+        problem = _ANSWERS[device] = _probe(device_type, index)
+        if problem is not None and device_type == "cuda":
+            warnings.warn(f"fastchargpt: attention runs on torch's SDPA, because {problem}", stacklevel=3)
+    problem = _ANSWERS[device]
+    if problem is None and bfloat16 and device_type == "cuda" and _lacks_bfloat16(index):
+        return f"{torch.cuda.get_device_name(index)} has no bfloat16"
+    return problem
+
+
+# torch.compile calls it while tracing and keeps the answer (what torch.compiler.assume_constant_result sets, without
+# the second that importing torch._dynamo takes).
+triton_problem._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _lacks_bfloat16(index: int) -> bool:
+    return torch.version.hip is None and torch.cuda.get_device_capability(index) < (8, 0)
+
+
+def _probe(device_type: str, index: int) -> str | None:
+    try:
+        version = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        try:
+            import triton
+
+            version = triton.__version__
+        except ImportError:
+            return "Triton is not installed"
+    if tuple(int(part) for part in version.split(".")[:2]) < MINIMUM_TRITON:
+        return f"Triton {version} is older than {'.'.join(map(str, MINIMUM_TRITON))}"
+    try:
+        import triton
+    except Exception as error:
+        return f"Triton {version} does not import ({type(error).__name__}: {error})"
+    if triton.knobs.runtime.interpret:
+        return None if device_type in ("cpu", "cuda") else f"Triton's interpreter does not serve {device_type}"
+    if device_type != "cuda":
+        return (
+            f"Triton compiles for GPUs only (TRITON_INTERPRET=1 runs its interpreter), and the device is {device_type}"
+        )
+    if torch.version.hip is None and torch.cuda.get_device_capability(index) < (7, 5):
+        return f"{torch.cuda.get_device_name(index)} is older than compute capability 7.5"
+    if sys.platform != "win32" and not any(shutil.which(name) for name in ("cc", "gcc", "clang")):
+        return "Triton finds no C compiler (cc, gcc or clang) to build its launcher with"
+    return None

@@ -1,0 +1,38 @@
+"""torch's fused attention behind our signature: bottom-right causal, grouped heads, and no T x T mask."""
+
+import torch
+import torch.nn.functional as F
+
+__all__ = ["attention"]
+
+
+def attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale: float, causal: bool, dropout_p: float = 0.0
+) -> torch.Tensor:
+    """Softmax attention of q (B, Hq, Tq, D) over k, v (B, Hkv, Tk, D): out (B, Hq, Tq, D), in q's dtype.
+
+    torch's own `is_causal` is aligned top-left, so it serves Tq == Tk only. One query sees every key and needs no mask
+    (decoding). Otherwise the queries are made as many as the keys: those that see nothing are cut off, or rows of zeros
+    are put in front and their results cut off. Only where that would more than double the work (a few queries against
+    a long cache) is a mask built, of Tq x Tk. Dropout is torch's own, drawn from torch's generator.
+    """
+    if scale <= 0.0:  # torch scales its -inf mask too, on CPU: -inf * 0 is NaN, -inf * -1 shows the future
+        q, scale = (-q, -scale) if scale < 0.0 else (q * 0.0, 1.0)
+    tq, tk = q.shape[2], k.shape[2]
+    gqa = q.shape[1] != k.shape[1]
+    if not causal or tq == tk or tq == 1:
+        return F.scaled_dot_product_attention(
+            q, k, v, dropout_p=dropout_p, is_causal=causal and tq != 1, scale=scale, enable_gqa=gqa
+        )
+    if tq > tk:
+        seen = F.scaled_dot_product_attention(
+            q[:, :, tq - tk :], k, v, dropout_p=dropout_p, is_causal=True, scale=scale, enable_gqa=gqa
+        )
+        return F.pad(seen, (0, 0, tq - tk, 0))
+    if 2 * tq > tk:
+        square = F.scaled_dot_product_attention(
+            F.pad(q, (0, 0, tk - tq, 0)), k, v, dropout_p=dropout_p, is_causal=True, scale=scale, enable_gqa=gqa
+        )
+        return square[:, :, tk - tq :]
+    visible = torch.ones(tq, tk, dtype=torch.bool, device=q.device).tril(tk - tq)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, dropout_p=dropout_p, scale=scale, enable_gqa=gqa)

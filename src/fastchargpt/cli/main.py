@@ -1,0 +1,65 @@
+"""Which command was meant, and how its errors reach the user: one line, exit status 2."""
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+from fastchargpt import __version__
+from fastchargpt.errors import FastchargptError, nearest
+
+__all__ = ["COMMANDS", "main"]
+
+# command -> (module with `run(argv) -> exit status`, one line of help)
+COMMANDS: dict[str, tuple[str, str]] = {
+    "train": ("fastchargpt.cli.train", "train a GPT on a text"),
+    "sample": ("fastchargpt.cli.sample", "write text with a trained model"),
+    "eval": ("fastchargpt.cli.evaluate", "measure a trained model's loss on a whole split"),
+    "doctor": ("fastchargpt.doctor", "say what this machine can do, and what is missing"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command.
+
+    Args:
+        argv: its words, those of the process by default.
+
+    Returns:
+        The exit status: 0; 2 for a user's mistake, told in one line; 130 or 143 for a run that a signal ended.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(_usage())
+        return 0 if words else 2
+    if words[0] in ("-V", "--version"):
+        print(f"fastchargpt {__version__}")
+        return 0
+    command, rest = words[0], words[1:]
+    try:
+        if command not in COMMANDS:
+            known = ", ".join(COMMANDS)
+            return _fail(f"there is no command {command!r}{nearest(command, COMMANDS)}; there are {known}")
+        status: int = importlib.import_module(COMMANDS[command][0]).run(rest)
+        sys.stdout.flush()
+        return status
+    except FastchargptError as error:
+        return _fail(str(error))
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # the reader (head, less) has what it wanted; nothing may be written any more, not even at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+def _fail(sentence: str) -> int:
+    print(f"fastchargpt: {sentence}", file=sys.stderr)
+    return 2
+
+
+def _usage() -> str:
+    lines = ["usage: fastchargpt COMMAND [OPTIONS]", ""]
+    lines += [f"  {name:<10}{about}" for name, (_, about) in COMMANDS.items()]
+    lines += ["", "fastchargpt COMMAND --help shows a command's options; fastchargpt --version the version."]
+    return "\n".join(lines)

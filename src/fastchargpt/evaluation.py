@@ -1,0 +1,69 @@
+"""Exact evaluation: a whole split, every token predicted once, the same figure every time."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from fastchargpt.batches import Tokens, eval_batches
+from fastchargpt.precision import Precision
+
+__all__ = ["EVAL_TOKENS_PER_BATCH", "Evaluation", "evaluate"]
+
+# enough tokens in a batch to fill the device, few enough to fit beside a training run
+EVAL_TOKENS_PER_BATCH = 16_384
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A model's loss over a split."""
+
+    # mean cross-entropy, in nats per token
+    loss: float
+    # tokens predicted
+    tokens: int
+
+    @property
+    def bits_per_token(self) -> float:
+        """The loss in bits; bits per character where a token is a character."""
+        return self.loss / math.log(2)
+
+    @property
+    def perplexity(self) -> float:
+        """e to the loss: the number of equally likely tokens that would be as surprising."""
+        return math.exp(self.loss)
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module, tokens: Tokens, *, block_size: int, precision: Precision, max_batches: int | None = None
+) -> Evaluation:
+    """The mean loss over a split, read in windows of block_size that do not overlap.
+
+    Args:
+        model: `model(x, y)` returns `(logits, loss)` with the mean over targets that are not -1.
+        tokens: the split, 1-D.
+        block_size: tokens in a window: the context of its last prediction.
+        precision: number format of the matrix products.
+        max_batches: read only this many batches, evenly spaced over the split; None reads it whole.
+
+    Raises:
+        CorpusError: the split is shorter than two tokens.
+    """
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    try:
+        total, count = torch.zeros((), dtype=torch.float64), 0
+        batch_size = max(1, EVAL_TOKENS_PER_BATCH // block_size)
+        with precision.matmuls(), precision.autocast(device.type):
+            for x, y in eval_batches(
+                tokens, block_size=block_size, batch_size=batch_size, device=device, max_batches=max_batches
+            ):
+                targets = int((y != -1).sum())
+                total += model(x, y)[1].double().cpu() * targets
+                count += targets
+    finally:
+        model.train(was_training)
+    return Evaluation(loss=float(total) / count, tokens=count)

@@ -1,0 +1,218 @@
+"""The one optimised training step that the trainer, the benchmarks and other people's loops share."""
+
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from fastchargpt.errors import BackendUnavailableError, ConfigError
+from fastchargpt.optim import make_adamw
+from fastchargpt.precision import Precision, choose_precision
+
+__all__ = ["CompileChoice", "TrainStep", "choose_compile", "make_train_step"]
+
+# What compiling costs and gains, measured on two CPU cores (bench/README.md): a cold compile takes about half a minute
+# and saves about a twentieth of a 25 ms step. On a GPU a cold compile costs about a minute and a step gets about half as
+# long; the figure there is nanoGPT's own (README, "efficiency notes"), not ours.
+CPU_ITERATIONS_TO_EARN = 25_000
+GPU_ITERATIONS_TO_EARN = 500
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompileChoice:
+    """Whether the step is compiled, and why."""
+
+    on: bool
+    # one clause, for the log
+    reason: str
+
+
+def choose_compile(mode: Literal["auto", "on", "off"], device: torch.device, iterations: int) -> CompileChoice:
+    """Whether to compile the step of a run of `iterations` steps.
+
+    Raises:
+        BackendUnavailableError: compilation was asked for by name and there is no compiler.
+        ConfigError: the mode is none of auto, on and off.
+    """
+    if mode not in ("auto", "on", "off"):
+        raise ConfigError(f"compile must be auto, on or off, not {mode!r}")
+    if mode == "off":
+        return CompileChoice(on=False, reason="asked for")
+    missing = _missing_compiler(device)
+    if mode == "on":
+        if missing:
+            raise BackendUnavailableError(f"compile=on cannot be served: {missing}; install it or use --compile=off")
+        return CompileChoice(on=True, reason="asked for")
+    if missing:
+        return CompileChoice(on=False, reason=missing)
+    needed = GPU_ITERATIONS_TO_EARN if device.type == "cuda" else CPU_ITERATIONS_TO_EARN
+    if iterations < needed:
+        return CompileChoice(on=False, reason=f"compiling pays from about {needed} steps on here, and this run has {iterations}")
+    return CompileChoice(on=True, reason=f"a run of {iterations} steps earns the compile time back")
+
+
+def _missing_compiler(device: torch.device) -> str | None:
+    """What torch.compile lacks here, or None."""
+    if device.type == "cuda":
+        try:
+            import triton  # noqa: F401
+        except ImportError:
+            return "torch.compile needs Triton on a GPU, and it is not installed"
+        return None
+    if device.type != "cpu":
+        return f"torch.compile is not used on {device.type}"
+    names = [os.environ["CXX"]] if "CXX" in os.environ else ["cl"] if sys.platform == "win32" else ["g++", "clang++", "c++"]
+    if not any(shutil.which(name) for name in names):
+        return "torch.compile needs a C++ compiler, and there is none on the path"
+    return None
+
+
+class TrainStep:
+    """Forward, backward, clipping and optimiser, with gradient accumulation and scaling.
+
+    Call it with a batch; it returns the loss without waiting for the device. `make_train_step` builds one.
+
+    Attributes:
+        iteration: steps taken.
+        grad_norm: norm of the last gradient before clipping, a 0-d tensor; None when nothing is clipped.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        precision: Precision,
+        grad_clip: float,
+        gradient_accumulation_steps: int,
+        compile: bool,
+        learning_rate: Callable[[int], float] | None,
+    ) -> None:
+        self.model = model
+        self.optimizer = optimizer
+        self.precision = precision
+        self.grad_clip = grad_clip
+        self.gradient_accumulation_steps = gradient_accumulation_steps
+        self.iteration = 0
+        self.grad_norm: Tensor | None = None
+        self._schedule = learning_rate
+        self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        self._device_type = self._parameters[0].device.type
+        self._scaler = torch.amp.GradScaler(self._device_type, enabled=precision.needs_scaler)
+        self._loss = torch.compile(self._eager_loss) if compile else self._eager_loss
+
+    def _eager_loss(self, x: Tensor, y: Tensor) -> Tensor:
+        with self.precision.autocast(self._device_type):
+            loss: Tensor = self.model(x, y)[1]
+        return loss
+
+    def __call__(self, x: Tensor, y: Tensor) -> Tensor:
+        """Take one step.
+
+        Args:
+            x: token ids, (B, T) int64; with gradient accumulation B is that of all micro-batches together.
+            y: the tokens that follow, (B, T) int64.
+
+        Returns:
+            The mean loss before the step, in nats per token: a 0-d tensor on the device.
+
+        Raises:
+            ConfigError: B is not a multiple of gradient_accumulation_steps.
+        """
+        parts = self.gradient_accumulation_steps
+        if x.shape[0] % parts:
+            raise ConfigError(f"a batch of {x.shape[0]} sequences cannot be split into {parts} equal micro-batches")
+        if self._schedule is not None:
+            rate = self._schedule(self.iteration)
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate
+        total: Tensor | None = None
+        with self.precision.matmuls():
+            for x_part, y_part in zip(x.chunk(parts), y.chunk(parts), strict=True):
+                loss = self._loss(x_part, y_part)
+                if parts > 1:
+                    loss = loss / parts
+                self._scaler.scale(loss).backward()
+                total = loss.detach() if total is None else total + loss.detach()
+            if self.grad_clip > 0.0:
+                self._scaler.unscale_(self.optimizer)
+                self.grad_norm = nn.utils.clip_grad_norm_(self._parameters, self.grad_clip)
+            self._scaler.step(self.optimizer)
+            self._scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.iteration += 1
+        assert total is not None
+        return total
+
+    @property
+    def learning_rate(self) -> float:
+        """The learning rate of the last step."""
+        return float(self.optimizer.param_groups[0]["lr"])
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything but the weights that the next step depends on."""
+        return {
+            "iteration": self.iteration,
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self._scaler.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a state that `state_dict` gave."""
+        self.iteration = state["iteration"]
+        self.optimizer.load_state_dict(state["optimizer"])
+        self._scaler.load_state_dict(state["scaler"])
+
+
+def make_train_step(
+    model: nn.Module,
+    *,
+    learning_rate: float | Callable[[int], float] = 1e-3,
+    weight_decay: float = 0.1,
+    betas: tuple[float, float] = (0.9, 0.99),
+    grad_clip: float = 1.0,
+    gradient_accumulation_steps: int = 1,
+    precision: str | Precision = "auto",
+    compile: bool = False,
+    optimizer: torch.optim.Optimizer | None = None,
+) -> TrainStep:
+    """A training step for any model whose `model(x, y)` returns `(logits, loss)`.
+
+    Args:
+        model: on its device, in fp32.
+        learning_rate: a number, or a function of the step's index, counted from 0.
+        weight_decay: AdamW's, on matrices and embeddings.
+        betas: AdamW's.
+        grad_clip: largest norm of the gradient; 0 means no clipping.
+        gradient_accumulation_steps: micro-batches that a batch is split into.
+        precision: auto, fp32, tf32, bf16, fp16, or a `Precision`.
+        compile: whether the forward and backward pass are compiled.
+        optimizer: in place of AdamW; then weight_decay and betas are its own.
+
+    Raises:
+        ConfigError: a value breaks a rule.
+        BackendUnavailableError: the precision cannot be had on this device.
+    """
+    if gradient_accumulation_steps < 1:
+        raise ConfigError(f"gradient_accumulation_steps must be at least 1, not {gradient_accumulation_steps}")
+    if grad_clip < 0:
+        raise ConfigError(f"grad_clip must not be negative, and it is {grad_clip}")
+    device = next(model.parameters()).device
+    schedule = learning_rate if callable(learning_rate) else None
+    if optimizer is None:
+        start = learning_rate(0) if callable(learning_rate) else learning_rate
+        optimizer = make_adamw(model, weight_decay=weight_decay, learning_rate=start, betas=betas)
+    return TrainStep(
+        model,
+        optimizer,
+        precision=choose_precision(precision, device) if isinstance(precision, str) else precision,
+        grad_clip=grad_clip,
+        gradient_accumulation_steps=gradient_accumulation_steps,
+        compile=compile,
+        learning_rate=schedule,
+    )

@@ -1,0 +1,351 @@
+"""The training loop: batches in, losses out, checkpoints on the way."""
+
+import contextlib
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from fastchargpt.attention import explain_attention
+from fastchargpt.batches import TokenBatches
+from fastchargpt.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from fastchargpt.config import GPTConfig, TrainConfig
+from fastchargpt.corpus import Corpus
+from fastchargpt.errors import CheckpointError, TrainingError
+from fastchargpt.evaluation import EVAL_TOKENS_PER_BATCH, evaluate
+from fastchargpt.metrics import MetricsLogger
+from fastchargpt.model import GPT
+from fastchargpt.optim import learning_rate_at
+from fastchargpt.precision import choose_device, choose_precision
+from fastchargpt.signals import StopSignals
+from fastchargpt.step import choose_compile, make_train_step
+
+__all__ = ["TrainResult", "Trainer"]
+
+Stopped = Literal["finished", "target", "patience", "SIGINT", "SIGTERM"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainResult:
+    """How a run ended."""
+
+    # optimiser steps taken, those before a resume included
+    iterations: int
+    # exact validation loss at the last evaluation, nats per token
+    val_loss: float
+    # the lowest of them, and the step it was at
+    best_val_loss: float
+    best_iteration: int
+    # wall-clock seconds of this call
+    seconds: float
+    # why it ended: finished, target, patience, or the signal's name
+    stopped: Stopped
+
+
+class Trainer:
+    """Trains one GPT on one corpus.
+
+    Args:
+        model_config: the model; its vocab_size must be at least the corpus's.
+        config: how it is trained.
+        corpus: the tokens.
+        out_dir: where `last/` and `best/` are saved; None saves nothing.
+        info: further facts (JSON values) to keep in each checkpoint.
+        loggers: whatever takes `.log(dict, step=)`.
+        log: takes each line that people read; the forms `step N: ...` and `iter N: ...` are nanoGPT's.
+        progress: whether a tqdm bar is drawn.
+
+    Raises:
+        ConfigError, CorpusError, BackendUnavailableError: the parts do not fit together, or not here.
+    """
+
+    def __init__(
+        self,
+        model_config: GPTConfig,
+        config: TrainConfig,
+        corpus: Corpus,
+        *,
+        out_dir: Path | None = None,
+        info: Mapping[str, Any] | None = None,
+        loggers: Sequence[MetricsLogger] = (),
+        log: Callable[[str], None] = print,
+        progress: bool = False,
+    ) -> None:
+        self.config, self.corpus, self.out_dir, self.info = config, corpus, out_dir, dict(info or {})
+        self._loggers, self._log, self._progress = loggers, log, progress
+        self.device = choose_device(config.device)
+        self.precision = choose_precision(config.precision, self.device)
+        self.compile = choose_compile(config.compile, self.device, config.max_iters)
+        torch.manual_seed(config.seed)
+        self.model = GPT(model_config).to(self.device)
+        self.model.set_attention(config.attention)
+        self.batches = TokenBatches(
+            corpus.train,
+            batch_size=config.batch_size * config.gradient_accumulation_steps,
+            block_size=model_config.block_size,
+            order=config.order,
+            device=self.device,
+            seed=config.seed,
+        )
+        self.step = make_train_step(
+            self.model,
+            learning_rate=lambda iteration: learning_rate_at(iteration, config),
+            weight_decay=config.weight_decay,
+            betas=(config.beta1, config.beta2),
+            grad_clip=config.grad_clip,
+            gradient_accumulation_steps=config.gradient_accumulation_steps,
+            precision=self.precision,
+            compile=self.compile.on,
+        )
+        self.val_loss = self.best_val_loss = math.inf
+        self.best_iteration = 0
+        self._evaluated_at = -1
+        self._evaluations_without_gain = 0
+        self._unread_losses: list[Tensor] = []
+        self._bar: Any = None
+
+    def describe(self) -> list[str]:
+        """The choices of this run and their reasons, a line each."""
+        model, config = self.model.config, self.config
+        tokens_per_step = self.batches.batch_size * model.block_size
+        q = torch.empty(1, model.n_head, model.block_size, model.head_dim, device=self.device, dtype=self.precision.dtype)
+        kv = q[:, : model.kv_heads]
+        attention = explain_attention(q, kv, kv, dropout_p=model.dropout, backend=config.attention)
+        return [
+            f"corpus: {self.corpus.name}, {len(self.corpus.train):,} training and {len(self.corpus.val):,} validation "
+            f"tokens, vocabulary of {self.corpus.vocab_size}",
+            f"model: {self.model.get_num_params() / 1e6:.2f}M parameters, {model.n_layer} layers x {model.n_head} heads x "
+            f"{model.n_embd} channels, context {model.block_size}",
+            f"step: {self.batches.batch_size} sequences, {tokens_per_step:,} tokens; {config.max_iters:,} steps are "
+            f"{config.max_iters * tokens_per_step / max(1, len(self.corpus.train)):.1f} passes over the training split",
+            f"device {self.device}; precision {self.precision.name}: {self.precision.reason}",
+            f"attention {attention}",
+            f"compile {'on' if self.compile.on else 'off'}: {self.compile.reason}",
+        ]
+
+    def run(self) -> TrainResult:
+        """Train to the end, or to the first reason to stop. Going on after a stop is another call.
+
+        Raises:
+            TrainingError: a loss is not finite, or memory ran out; the message names the step and the last checkpoint.
+        """
+        start = time.perf_counter()
+        with StopSignals() as signals, self._progress_bar(), self._memory_errors():
+            stopped = self._loop(signals)
+        return TrainResult(
+            iterations=self.step.iteration,
+            val_loss=self.val_loss,
+            best_val_loss=self.best_val_loss,
+            best_iteration=self.best_iteration,
+            seconds=time.perf_counter() - start,
+            stopped=stopped,
+        )
+
+    def _loop(self, signals: StopSignals) -> Stopped:
+        config, step = self.config, self.step
+        since, steps_timed = time.perf_counter(), 0
+        while True:
+            at_end = step.iteration >= config.max_iters or config.eval_only
+            if (at_end or step.iteration % config.eval_interval == 0) and self._evaluated_at != step.iteration:
+                self._evaluate_and_save()
+                since, steps_timed = time.perf_counter(), 0
+                if config.target_val_loss is not None and self.val_loss <= config.target_val_loss:
+                    return "target"
+                if config.patience is not None and self._evaluations_without_gain >= config.patience:
+                    return "patience"
+            if at_end:
+                return "finished"
+            if signals.received is not None:
+                self._check_losses()
+                self._save_last()
+                return "SIGINT" if signals.received.name == "SIGINT" else "SIGTERM"
+            self._unread_losses.append(step(*self.batches.next_batch()))
+            steps_timed += 1
+            if (step.iteration - 1) % config.log_interval == 0:
+                loss = self._check_losses()  # waits for the device, so the time below is true
+                now = time.perf_counter()
+                self._report_step(loss, (now - since) / steps_timed)
+                since, steps_timed = now, 0
+
+    def _report_step(self, loss: float, seconds: float) -> None:
+        step, batch_size = self.step, self.batches.batch_size
+        iteration = step.iteration - 1
+        mfu = self.model.estimate_mfu(batch_size, seconds, self.precision.dtype)
+        tokens_per_second = batch_size * self.model.config.block_size / seconds
+        self._write(f"iter {iteration}: loss {loss:.4f}, time {seconds * 1000:.2f}ms, mfu {mfu * 100:.2f}%")
+        figures = {"loss": loss, "lr": step.learning_rate, "step_ms": seconds * 1000, "tokens_per_second": tokens_per_second}
+        if math.isfinite(mfu):
+            figures["mfu"] = mfu
+        if step.grad_norm is not None:
+            figures["grad_norm"] = float(step.grad_norm)
+        self._report(figures, iteration)
+        if self._bar is not None:
+            self._bar.set_postfix_str(f"loss {loss:.4f}, {tokens_per_second:,.0f} tok/s", refresh=False)
+            self._bar.update(step.iteration - self._bar.n)
+
+    def _evaluate_and_save(self) -> None:
+        self._check_losses()
+        iteration, block_size = self.step.iteration, self.model.config.block_size
+        train = evaluate(
+            self.model,
+            self.corpus.train,
+            block_size=block_size,
+            precision=self.precision,
+            max_batches=self._train_batches(),
+        )
+        val = evaluate(self.model, self.corpus.val, block_size=block_size, precision=self.precision)
+        if not math.isfinite(val.loss):
+            raise TrainingError(self._not_finite("the validation loss", val.loss, iteration))
+        self.val_loss, self._evaluated_at = val.loss, iteration
+        improved = val.loss < self.best_val_loss
+        if improved:
+            self.best_val_loss, self.best_iteration, self._evaluations_without_gain = val.loss, iteration, 0
+        else:
+            self._evaluations_without_gain += 1
+        self._write(f"step {iteration}: train loss {train.loss:.4f}, val loss {val.loss:.4f}")
+        self._report({"train_loss": train.loss, "val_loss": val.loss}, iteration)
+        if self.out_dir is not None and not self.config.eval_only:
+            if improved:
+                save_checkpoint(self.out_dir / "best", self._checkpoint(with_trainer=False))
+            self._save_last()
+
+    def _train_batches(self) -> int:
+        """How many evaluation batches hold as many tokens as eval_iters training batches."""
+        tokens = self.config.eval_iters * self.config.batch_size * self.model.config.block_size
+        return max(1, round(tokens / EVAL_TOKENS_PER_BATCH))
+
+    def _check_losses(self) -> float:
+        """The newest loss, once every loss since the last look was found finite; nan where there was none."""
+        if not self._unread_losses:
+            return math.nan
+        losses = torch.stack(self._unread_losses).tolist()
+        first = self.step.iteration - len(losses)
+        self._unread_losses.clear()
+        for offset, loss in enumerate(losses):
+            if not math.isfinite(loss):
+                raise TrainingError(self._not_finite("the loss", loss, first + offset))
+        newest: float = losses[-1]
+        return newest
+
+    def _not_finite(self, what: str, value: float, iteration: int) -> str:
+        norm = "" if self.step.grad_norm is None else f", gradient norm {float(self.step.grad_norm):.3g}"
+        saved = "nothing was saved"
+        if self.out_dir is not None and self._evaluated_at >= 0:
+            saved = f"the last good checkpoint is {self.out_dir / 'last'}, of step {self._evaluated_at}"
+        return (
+            f"{what} is {value} at step {iteration} (learning rate {learning_rate_at(iteration, self.config):.3g}{norm}): "
+            f"lower --learning-rate or --grad-clip; {saved}"
+        )
+
+    def _save_last(self) -> None:
+        if self.out_dir is not None:
+            save_checkpoint(self.out_dir / "last", self._checkpoint(with_trainer=True))
+
+    def _checkpoint(self, *, with_trainer: bool) -> Checkpoint:
+        return Checkpoint(
+            model_config=self.model.config,
+            weights=self.model.state_dict(),
+            tokenizer_json=None if self.corpus.tokenizer is None else self.corpus.tokenizer.to_json(),
+            train_config=self.config,
+            trainer_state=self._state() if with_trainer else None,
+            info={
+                **self.info,
+                "iteration": self.step.iteration,
+                "val_loss": self.val_loss if math.isfinite(self.val_loss) else None,
+                "corpus": self.corpus.name,
+                "corpus_tokens": [len(self.corpus.train), len(self.corpus.val)],
+            },
+        )
+
+    def _state(self) -> dict[str, Any]:
+        """Everything beside the weights that the rest of the run depends on."""
+        return {
+            "step": self.step.state_dict(),
+            "batches": self.batches.state_dict(),
+            "rng": torch.get_rng_state(),
+            "cuda_rng": torch.cuda.get_rng_state_all() if self.device.type == "cuda" else [],
+            "val_loss": self.val_loss,
+            "best_val_loss": self.best_val_loss,
+            "best_iteration": self.best_iteration,
+            "evaluated_at": self._evaluated_at,
+            "evaluations_without_gain": self._evaluations_without_gain,
+        }
+
+    def resume(self) -> int:
+        """Take up the run whose `last/` lies in out_dir; on a CPU the rest is then bit-equal to never having stopped.
+
+        Returns:
+            The steps already taken.
+
+        Raises:
+            CheckpointError: there is none, it is damaged, or it is of another model or corpus.
+        """
+        assert self.out_dir is not None, "a run without an out dir has nothing to resume"
+        folder = self.out_dir / "last"
+        checkpoint = load_checkpoint(folder, device=self.device, with_trainer=True)
+        if checkpoint.model_config != self.model.config:
+            raise CheckpointError(f"{folder} holds another model than the one asked for: resume with the flags it began with")
+        sizes = [len(self.corpus.train), len(self.corpus.val)]
+        if checkpoint.info.get("corpus_tokens") != sizes:
+            raise CheckpointError(
+                f"{folder} was trained on {checkpoint.info.get('corpus_tokens')} training and validation tokens, and the "
+                f"corpus {self.corpus.name} has {sizes}: resume with the --data it began with"
+            )
+        self.model.load_state_dict(checkpoint.weights)
+        state = checkpoint.trainer_state
+        assert state is not None
+        self.step.load_state_dict(state["step"])
+        self.batches.load_state_dict(state["batches"])
+        torch.set_rng_state(state["rng"])
+        if state["cuda_rng"] and self.device.type == "cuda":
+            torch.cuda.set_rng_state_all(state["cuda_rng"])
+        self.val_loss, self.best_val_loss = state["val_loss"], state["best_val_loss"]
+        self.best_iteration, self._evaluated_at = state["best_iteration"], state["evaluated_at"]
+        self._evaluations_without_gain = state["evaluations_without_gain"]
+        return self.step.iteration
+
+    def _report(self, figures: dict[str, float], iteration: int) -> None:
+        for logger in self._loggers:
+            logger.log(figures, step=iteration)
+
+    def _write(self, line: str) -> None:
+        if self._bar is None:
+            self._log(line)
+        elif not line.startswith("iter "):  # the bar itself shows what the iter lines say
+            self._bar.write(line)
+
+    @contextlib.contextmanager
+    def _progress_bar(self) -> Iterator[None]:
+        if not self._progress:
+            yield
+            return
+        from tqdm import tqdm
+
+        with tqdm(total=self.config.max_iters, initial=self.step.iteration, unit="step", dynamic_ncols=True) as self._bar:
+            try:
+                yield
+            finally:
+                self._bar.update(self.step.iteration - self._bar.n)
+                bar, self._bar = self._bar, None
+                bar.refresh()
+
+    @contextlib.contextmanager
+    def _memory_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and not _is_out_of_memory(error):
+                raise
+            raise TrainingError(
+                f"out of memory at step {self.step.iteration}: lower --batch-size (and raise --gradient-accumulation-steps "
+                "to keep the step), --block-size or the model's size"
+            ) from None
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)

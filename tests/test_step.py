@@ -1,0 +1,156 @@
+"""The shared step against a loop written with torch's own parts."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from fastchargpt.config import GPTConfig
+from fastchargpt.errors import BackendUnavailableError, ConfigError
+from fastchargpt.model import GPT
+from fastchargpt.precision import choose_device, choose_precision
+from fastchargpt.step import choose_compile, make_train_step
+
+CONFIG = GPTConfig(n_layer=2, n_head=2, n_embd=16, block_size=8, vocab_size=11)
+
+
+def batches(count: int, size: int = 4) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(1)
+    return [
+        tuple(torch.randint(11, (2, size, 8), generator=generator))  # type: ignore[misc]
+        for _ in range(count)
+    ]
+
+
+def fresh() -> GPT:
+    torch.manual_seed(2)
+    return GPT(CONFIG)
+
+
+def plain_losses(model: GPT, data: list[tuple[torch.Tensor, torch.Tensor]], clip: float, rate: float) -> list[float]:
+    groups = [
+        {"params": [p for p in model.parameters() if p.dim() >= 2], "weight_decay": 0.1},
+        {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.99), foreach=False, fused=False)
+    losses = []
+    for x, y in data:
+        loss = model(x, y)[1]
+        loss.backward()
+        if clip:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.mark.parametrize("clip", [0.0, 0.05])
+@pytest.mark.parametrize("parts", [1, 2])
+def test_equals_a_plain_loop(clip: float, parts: int) -> None:
+    data = batches(20)
+    expected = plain_losses(fresh(), data, clip, 1e-2)
+    step = make_train_step(fresh(), learning_rate=1e-2, grad_clip=clip, gradient_accumulation_steps=parts, precision="fp32")
+    found = [step(x, y).item() for x, y in data]
+    assert found == pytest.approx(expected, abs=2e-5)
+    assert expected[-1] < expected[0] - 0.05  # the rate is high enough for a wrong update to show
+    assert step.iteration == 20
+    assert (step.grad_norm is None) == (clip == 0.0)
+
+
+def test_schedule_sets_each_steps_rate() -> None:
+    seen = []
+    step = make_train_step(fresh(), learning_rate=lambda i: seen.append(i) or 0.0, weight_decay=0.0)  # type: ignore[func-returns-value]
+    before = [p.clone() for p in step.model.parameters()]
+    for x, y in batches(3):
+        step(x, y)
+    assert seen[-3:] == [0, 1, 2]
+    assert all(torch.equal(a, b) for a, b in zip(before, step.model.parameters(), strict=True))
+
+
+def test_state_goes_on_bit_for_bit() -> None:
+    data = batches(6)
+    whole = make_train_step(fresh(), learning_rate=lambda i: 1e-2 / (i + 1))
+    expected = [whole(x, y).item() for x, y in data]
+    first = make_train_step(fresh(), learning_rate=lambda i: 1e-2 / (i + 1))
+    for x, y in data[:3]:
+        first(x, y)
+    second = make_train_step(fresh(), learning_rate=lambda i: 1e-2 / (i + 1))
+    second.model.load_state_dict(first.model.state_dict())
+    second.load_state_dict(first.state_dict())
+    assert [second(x, y).item() for x, y in data[3:]] == expected[3:]
+
+
+def test_compiled_equals_eager() -> None:
+    if not choose_compile("auto", torch.device("cpu"), 10**9).on:
+        pytest.skip("needs a C++ compiler")
+    data = batches(3)
+    eager, compiled = make_train_step(fresh()), make_train_step(fresh(), compile=True)
+    for x, y in data:
+        assert compiled(x, y).item() == pytest.approx(eager(x, y).item(), abs=1e-5)
+
+
+def test_bf16_is_close_and_the_weights_stay_fp32() -> None:
+    data = batches(5)
+    exact, rough = make_train_step(fresh(), precision="fp32"), make_train_step(fresh(), precision="bf16")
+    for x, y in data:
+        assert rough(x, y).item() == pytest.approx(exact(x, y).item(), abs=0.02)
+    assert {p.dtype for p in rough.model.parameters()} == {torch.float32}
+
+
+def test_torchs_settings_are_left_as_found() -> None:
+    torch.set_float32_matmul_precision("medium")
+    try:
+        make_train_step(fresh(), precision="fp32")(*batches(1)[0])
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+def test_refusals() -> None:
+    with pytest.raises(ConfigError, match="a batch of 3 sequences cannot be split into 2 equal micro-batches"):
+        make_train_step(fresh(), gradient_accumulation_steps=2)(*batches(1, size=3)[0])
+    with pytest.raises(ConfigError, match="gradient_accumulation_steps must be at least 1, not 0"):
+        make_train_step(fresh(), gradient_accumulation_steps=0)
+    with pytest.raises(BackendUnavailableError, match="precision fp16 is slow and unsafe on a CPU"):
+        make_train_step(fresh(), precision="fp16")
+    with pytest.raises(BackendUnavailableError, match="tf32 exists on NVIDIA GPUs only"):
+        make_train_step(fresh(), precision="tf32")
+    with pytest.raises(ConfigError, match=r"device must be auto, cpu, .* not 'gpu'"):
+        choose_device("gpu")
+
+
+def test_auto_precision_follows_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = torch.device("cuda")
+    for capability, name in (((9, 0), "bf16"), ((8, 6), "bf16"), ((7, 5), "fp16"), ((7, 0), "fp16")):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, c=capability: c)
+        choice = choose_precision("auto", gpu)
+        assert choice.name == name
+        assert choice.needs_scaler == (name == "fp16")
+        assert choice.reason
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    assert choose_precision("auto", torch.device("cpu")).name == "bf16"
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    assert choose_precision("auto", torch.device("cpu")).name == "fp32"
+
+
+def test_auto_compile_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.device("cpu")
+    assert not choose_compile("auto", cpu, 100).on
+    assert "earn" in choose_compile("auto", cpu, 10**9).reason or "compiler" in choose_compile("auto", cpu, 10**9).reason
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    lacking = choose_compile("auto", cpu, 10**9)
+    assert not lacking.on
+    assert "C++ compiler" in lacking.reason
+    with pytest.raises(BackendUnavailableError, match="C\\+\\+ compiler"):
+        choose_compile("on", cpu, 1)
+
+
+def test_any_module_with_logits_and_loss_trains() -> None:
+    layer = torch.nn.Linear(2, 1)
+    model = torch.nn.Module()
+    model.layer = layer
+    model.forward = lambda x, y: (None, (layer(x) - y).square().mean())  # type: ignore[method-assign]
+    step = make_train_step(model, learning_rate=0.1, optimizer=torch.optim.SGD(model.parameters(), lr=0.1))
+    data = SimpleNamespace(x=torch.randn(8, 2), y=torch.randn(8, 1))
+    assert step(data.x, data.y) > step(data.x, data.y)
