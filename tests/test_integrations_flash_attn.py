@@ -80,7 +80,12 @@ def test_qkvpacked(causal: bool, window: tuple[int, int], contiguous: bool) -> N
 @pytest.mark.parametrize("lengths", [4, [4, 4], [4, 0], [0, 0]])
 def test_kvcache(lengths: int | list[int], new: int, window: tuple[int, int]) -> None:
     held = [lengths] * 2 if isinstance(lengths, int) else lengths
-    k_cache, v_cache, k, v = tensor(2, 8, 2, 8), tensor(2, 8, 2, 8, seed=1), tensor(2, new, 2, 8, seed=2), tensor(2, new, 2, 8)
+    k_cache, v_cache, k, v = (
+        tensor(2, 8, 2, 8),
+        tensor(2, 8, 2, 8, seed=1),
+        tensor(2, new, 2, 8, seed=2),
+        tensor(2, new, 2, 8),
+    )
     q = tensor(2, new, 4, 8, seed=5)
     wanted = [(k_cache.clone(), k), (v_cache.clone(), v)]
     for cache, fresh in wanted:
@@ -112,7 +117,14 @@ def test_decoding_equals_one_pass() -> None:
     seqlens = torch.zeros(2, dtype=torch.int32)
     for part in (slice(0, 4), *(slice(i, i + 1) for i in range(4, 9))):
         out = flash_attn_with_kvcache(
-            q[:, part], k_cache, v_cache, k=k[:, part], v=v[:, part], cache_seqlens=seqlens, causal=True, window_size=(4, 0)
+            q[:, part],
+            k_cache,
+            v_cache,
+            k=k[:, part],
+            v=v[:, part],
+            cache_seqlens=seqlens,
+            causal=True,
+            window_size=(4, 0),
         )
         torch.testing.assert_close(out, whole[:, part], rtol=0, atol=1e-12)
         held += out.shape[1]

@@ -84,7 +84,9 @@ def test_generate_gives_the_same_tokens(kind: str, fields: dict[str, Any]) -> No
         torch.manual_seed(5)
         sampled.append(model.generate(ids, do_sample=True, top_k=20, **length))
         if kind != "gpt2":
-            static.append(model.generate(ids, do_sample=False, cache_implementation="static", disable_compile=True, **length))
+            static.append(
+                model.generate(ids, do_sample=False, cache_implementation="static", disable_compile=True, **length)
+            )
     for pair in (greedy, padded, sampled, static):
         assert not pair or torch.equal(pair[0], pair[1])
 
@@ -121,7 +123,9 @@ def test_an_encoder_sees_both_ways() -> None:
     torch.testing.assert_close(model(tokens(2, 7)).last_hidden_state, expected, rtol=0, atol=1e-10)
 
 
-@pytest.mark.parametrize("name", ["softcap", "s_aux", "position_bias", "head_mask", "cu_seq_lens_q", "cache", "output_attentions"])
+@pytest.mark.parametrize(
+    "name", ["softcap", "s_aux", "position_bias", "head_mask", "cu_seq_lens_q", "cache", "output_attentions"]
+)
 def test_what_is_not_served_is_refused(name: str) -> None:
     q = torch.ones(1, 1, 2, 4)
     value = True if name == "output_attentions" else torch.ones(2)

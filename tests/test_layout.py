@@ -38,7 +38,7 @@ STAGES = [
     ["native"],
     ["engines"],
     ["generation"],
-    ["integrations"],
+    ["integrations", "convert"],
     ["doctor", "cli"],
 ]
 # A method that nanoGPT's GPT has and ours therefore has too, imported when it is called.

@@ -76,7 +76,11 @@ def flash_attn_qkvpacked_func(
     _refuse(softcap=softcap != 0.0, alibi_slopes=alibi_slopes is not None, return_attn_probs=return_attn_probs)
     if qkv.dim() != 5 or qkv.shape[2] != 3:
         raise AttentionError(f"qkv must be (B, T, 3, H, D); got shape {tuple(qkv.shape)}")
-    if not deterministic and qkv.is_contiguous() and _mask_kind(qkv.shape[1], qkv.shape[1], causal, window_size) == "causal":
+    if (
+        not deterministic
+        and qkv.is_contiguous()
+        and _mask_kind(qkv.shape[1], qkv.shape[1], causal, window_size) == "causal"
+    ):
         heads = qkv.shape[3]
         packed = causal_attention_packed(qkv.flatten(2), heads, scale=softmax_scale, dropout_p=dropout_p)
         return packed.unflatten(-1, (heads, -1))

@@ -114,7 +114,10 @@ def gpt2_to_weights(
     except ConfigError as error:
         raise CheckpointError(f"{source} describes a model that ours cannot be: {error}") from None
     # OpenAI's own files have no prefix, and both have the causal masks as buffers of old
-    names = {name: name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}" for name in map(str, state)}
+    names = {
+        name: name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}"
+        for name in map(str, state)
+    }
     kept = {name: state[name] for name in state if not re.search(r"\.attn\.(masked_)?bias$", str(name))}
     weights = {names[name]: tensor for name, tensor in check_tensors(kept, source).items()}
     if len(weights) != len(kept):

@@ -82,9 +82,13 @@ def attention(
     """
     for name, meaning in REFUSED.items():
         if kwargs.get(name) is not None:
-            raise AttentionError(f"fastchargpt's attention does not serve {name} ({meaning}): use attn_implementation='eager'")
+            raise AttentionError(
+                f"fastchargpt's attention does not serve {name} ({meaning}): use attn_implementation='eager'"
+            )
     if kwargs.get("output_attentions"):
-        raise AttentionError("fastchargpt's attention returns no weights (output_attentions): use attn_implementation='eager'")
+        raise AttentionError(
+            "fastchargpt's attention returns no weights (output_attentions): use attn_implementation='eager'"
+        )
     if attention_mask is not None:
         return _masked(query, key, value, attention_mask, scaling, dropout).transpose(1, 2).contiguous(), None
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal

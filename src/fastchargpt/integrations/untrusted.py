@@ -140,7 +140,9 @@ def check_weights(config: GPTConfig, weights: Mapping[str, Tensor], source: obje
                 f"{source}: {name} has the shape {tuple(weights[name].shape)}, where its config needs {shape}"
             )
     if unexpected := sorted(weights.keys() - expected.keys()):
-        raise CheckpointError(f"{source} has a weight {unexpected[0]:.80} that the model does not: it is of another model")
+        raise CheckpointError(
+            f"{source} has a weight {unexpected[0]:.80} that the model does not: it is of another model"
+        )
     if config.tie_weights and not torch.equal(weights[TIED_COPY], weights[TIED_KEPT]):
         raise CheckpointError(f"{source}: {TIED_COPY} and {TIED_KEPT} differ, and the model ties them")
     return {name: weights[name] for name in expected}
