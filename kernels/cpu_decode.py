@@ -87,7 +87,9 @@ def _compile(compiler: str, target: Path) -> None:
     # built beside its place and renamed: two processes may build at once, and one may be killed
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         made = Path(folder) / target.name
-        done = subprocess.run([compiler, *FLAGS, str(SOURCE), "-o", str(made)], capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            [compiler, *FLAGS, str(SOURCE), "-o", str(made)], capture_output=True, text=True, check=False
+        )
         if done.returncode:
             lines = [line for line in done.stderr.splitlines() if "error" in line] or ["no message"]
             raise BackendUnavailableError(f"{compiler} could not compile the native decoder: {lines[0].strip()}")
@@ -108,7 +110,9 @@ def _processor() -> str:
         lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
     except OSError:
         return platform.processor() + platform.machine()
-    return "\n".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))}))
+    return "\n".join(
+        sorted({line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))})
+    )
 
 
 def _declare(lib: ctypes.CDLL) -> ctypes.CDLL:

@@ -29,14 +29,16 @@ import ast
 import contextlib
 import inspect
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
 import triton
+import triton.compiler.code_generator  # keeps references to parts of tl: must not see it patched when first imported
 import triton.language as tl
+from strict_builder import StrictBuilder
 from strict_memory import (
     Guarded,
     LaunchMemory,
@@ -51,6 +53,7 @@ from triton.runtime import interpreter
 from triton.runtime.interpreter import TensorHandle
 from triton.runtime.jit import JITFunction, TensorWrapper
 from triton.tools.tensor_descriptor import TensorDescriptor
+from work_counter import WorkCounter
 
 __all__ = [
     "Guarded",
@@ -65,139 +68,6 @@ __all__ = [
 # What a launch may carry besides the kernel's own arguments; a typo among them must not pass.
 LAUNCH_OPTIONS = {"num_warps", "num_stages", "num_ctas", "maxnreg", "enable_fp_fusion", "debug"}
 LAUNCH_OPTIONS |= {"waves_per_eu", "matrix_instr_nonkdim", "kpack"}  # AMD's
-BITWISE = (np.bitwise_and, np.bitwise_or, np.bitwise_xor)
-
-
-def bf16_values(handle: TensorHandle) -> np.ndarray:
-    """The fp32 values of a bf16 handle (which holds bit patterns as uint16); other data unchanged."""
-    if handle.dtype.scalar != tl.bfloat16:
-        return handle.data
-    return (handle.data.astype(np.uint32) << 16).view(np.float32)
-
-
-def bf16_bits(values: np.ndarray) -> np.ndarray:
-    """Bit patterns of the bf16 numbers nearest to fp32 values, ties to even, NaN kept NaN."""
-    values = np.ascontiguousarray(values, np.float32).reshape(np.shape(values))
-    bits = values.view(np.uint32)
-    nearest = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
-    return np.where(np.isnan(values), np.uint16(0x7FC0), nearest.astype(np.uint16))
-
-
-def tf32(values: np.ndarray) -> np.ndarray:
-    """fp32 values as a tensor core reads them in tf32: the low 13 bits of the mantissa are not there."""
-    values = np.ascontiguousarray(values).reshape(values.shape)
-    return (values.view(np.uint32) & np.uint32(0xFFFFE000)).view(np.float32)
-
-
-class StrictBuilder(interpreter.InterpreterBuilder):
-    """The interpreter's operations with their arithmetic mended and their memory accesses checked."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.memory: LaunchMemory | None = None  # of the launch that is running
-        self.codegen_fns["min_dot_size"] = lambda lhs, rhs: (1, 1, 16)
-
-    # -- bf16 and tf32 arithmetic
-
-    def get_bf16(self, value: float) -> TensorHandle:
-        return TensorHandle(bf16_bits(np.array([value], np.float32)), tl.bfloat16)
-
-    def binary_op(self, lhs: TensorHandle, rhs: TensorHandle, op: Callable[..., np.ndarray]) -> TensorHandle:
-        if lhs.dtype.scalar != tl.bfloat16 or op in BITWISE:
-            return super().binary_op(lhs, rhs, op)
-        result = op(bf16_values(lhs), bf16_values(rhs))
-        return TensorHandle(result, tl.int1) if result.dtype == bool else TensorHandle(bf16_bits(result), tl.bfloat16)
-
-    def unary_op(self, arg: TensorHandle, op: Callable[..., np.ndarray]) -> TensorHandle:
-        if arg.dtype.scalar != tl.bfloat16:
-            return super().unary_op(arg, op)
-        return TensorHandle(bf16_bits(op(bf16_values(arg))), tl.bfloat16)
-
-    def create_clampf(
-        self, arg: TensorHandle, low: TensorHandle, high: TensorHandle, propagate_nans: Any
-    ) -> TensorHandle:
-        if arg.dtype.scalar != tl.bfloat16:
-            return super().ternary_op(arg, low, high, np.clip)
-        return TensorHandle(bf16_bits(np.clip(*map(bf16_values, (arg, low, high)))), tl.bfloat16)
-
-    def create_fma(self, x: TensorHandle, y: TensorHandle, z: TensorHandle) -> TensorHandle:
-        if z.dtype.scalar != tl.bfloat16:
-            return super().create_fma(x, y, z)
-        return TensorHandle(bf16_bits(bf16_values(x) * bf16_values(y) + bf16_values(z)), tl.bfloat16)
-
-    def create_rsqrt(self, arg: TensorHandle) -> TensorHandle:
-        return self.unary_op(arg, lambda x: 1 / np.sqrt(x))
-
-    def cast_impl(self, src: TensorHandle, dst_type: tl.dtype) -> TensorHandle:
-        if src.dtype.scalar == tl.bfloat16:
-            src = TensorHandle(bf16_values(src), tl.float32)
-        if dst_type.scalar == tl.bfloat16:
-            return TensorHandle(bf16_bits(src.data.astype(np.float32)), tl.bfloat16)
-        return TensorHandle(src.data.astype(interpreter._get_np_dtype(dst_type)), dst_type.scalar)
-
-    def create_fp_to_fp(self, src: TensorHandle, dst_type: tl.dtype, rounding_mode: Any) -> TensorHandle:
-        if 8 in (src.dtype.scalar.primitive_bitwidth, dst_type.scalar.primitive_bitwidth):
-            return super().create_fp_to_fp(src, dst_type, rounding_mode)
-        return self.cast_impl(src, dst_type)
-
-    def create_dot(
-        self, a: TensorHandle, b: TensorHandle, acc: TensorHandle, precision: Any, imprecise: int
-    ) -> TensorHandle:
-        name = str(precision).rsplit(".", 1)[-1].lower()
-        x, y = bf16_values(a), bf16_values(b)
-        if a.dtype.scalar == tl.float32 and name.startswith("tf32"):
-            big_x, big_y = tf32(x), tf32(y)
-            product = np.matmul(big_x, big_y)
-            if name == "tf32x3":  # the rest of each operand, itself in tf32, against the large part of the other
-                product += np.matmul(tf32(x - big_x), big_y) + np.matmul(big_x, tf32(y - big_y))
-        else:
-            product = np.matmul(x, y, dtype=acc.data.dtype)
-        return TensorHandle(product + acc.data, acc.dtype.scalar)
-
-    # -- memory
-
-    def create_masked_load(
-        self, ptrs: TensorHandle, mask: TensorHandle, other: TensorHandle | None, cache: Any, evict: Any, volatile: Any
-    ) -> TensorHandle:
-        element = ptrs.get_element_ty()
-        dtype = interpreter._get_np_dtype(element)
-        active = ptrs.data[np.broadcast_to(mask.data, ptrs.data.shape)]
-        self.memory.load(active.ravel(), dtype.itemsize)
-        if other is None and active.size < ptrs.data.size:
-            other = TensorHandle(np.full(ptrs.data.shape, _poison(element, dtype), dtype), element)
-        return super().create_masked_load(ptrs, mask, other, cache, evict, volatile)
-
-    def create_masked_store(
-        self, ptrs: TensorHandle, value: TensorHandle, mask: TensorHandle, cache: Any, evict: Any
-    ) -> None:
-        lanes = np.broadcast_to(mask.data, ptrs.data.shape)
-        active = np.ascontiguousarray(ptrs.data[lanes])
-        written = np.ascontiguousarray(np.broadcast_to(value.data, ptrs.data.shape)[lanes])
-        self.memory.store(active, written.dtype.itemsize)
-        super().create_masked_store(ptrs, value, mask, cache, evict)
-        everywhere = np.ones(active.shape, bool)
-        left = interpreter._interpreter.load(active, everywhere, np.zeros_like(written), written.dtype)
-        if left.tobytes() != written.tobytes():
-            raise RaceError(
-                f"{self.memory.kernel}: two lanes of one store in program {self.memory.program_id} write different "
-                "values to one address"
-            )
-
-    def create_atomic_rmw(self, *args: Any) -> None:
-        raise StrictError(f"{self.memory.kernel}: atomics make results differ from run to run; none is allowed here")
-
-    create_atomic_cas = create_atomic_rmw
-
-
-def _poison(element: tl.dtype, dtype: np.dtype) -> float | int | bool:
-    """A value that nobody can use and get away with it."""
-    if element == tl.bfloat16:
-        return 0x7FC0
-    if dtype.kind == "f":
-        return float("nan")
-    return True if dtype.kind == "b" else int(np.iinfo(dtype).max)
-
-
 BUILDER = StrictBuilder()
 SEMANTIC = TritonSemantic(BUILDER)
 
@@ -209,10 +79,20 @@ class _Rewriter(interpreter.FunctionRewriter):
     """Makes every assignment in a kernel yield a tensor, as Triton does, and keeps the kernel's own globals live."""
 
     def _compile_and_exec(self, tree: ast.Module) -> Callable[..., Any]:
-        self.fn.__globals__["interpreter_semantic"] = SEMANTIC  # the one name that the rewritten code adds
+        for loop in (node for node in ast.walk(tree) if isinstance(node, ast.For)):
+            if not ast.unparse(loop.iter).split("(")[0].endswith("static_range"):  # which is no loop in machine code
+                name = ast.Name(id="_count_trips", ctx=ast.Load())
+                loop.iter = ast.copy_location(ast.Call(func=name, args=[loop.iter], keywords=[]), loop.iter)
+        ast.fix_missing_locations(tree)
+        self.fn.__globals__["interpreter_semantic"] = SEMANTIC  # the rewritten code adds this name and the next
+        self.fn.__globals__["_count_trips"] = _count_trips
         namespace: dict[str, Any] = {}
         exec(compile(tree, filename=self.filename, mode="exec"), self.fn.__globals__, namespace)
         return namespace[self.fn.__name__]
+
+
+def _count_trips(iterable: Iterable[Any]) -> Iterable[Any]:
+    return BUILDER.counter.count_trips(iterable) if BUILDER.counter else iterable
 
 
 _rewritten: dict[Callable[..., Any], Callable[..., Any]] = {}
@@ -259,14 +139,20 @@ def _run(rng: random.Random) -> Callable[..., None]:
         constexprs = {param.name for param in kernel.params if param.is_constexpr}
         values = {n: v if n in constexprs else _as_argument(v) for n, v in bound.arguments.items()}
         named = [pair for name, value in bound.arguments.items() for pair in _tensors(name, value)]
+        if BUILDER.counter:
+            BUILDER.counter.start_launch(kernel.__name__)
         BUILDER.memory = memory = LaunchMemory(kernel.__name__, named)
         BUILDER.set_grid_dim(*extent)
         function = _python(kernel)
         programs = list(np.ndindex(*extent))
         for number in rng.sample(range(len(programs)), len(programs)):
             memory.program, memory.program_id = number, programs[number]
+            if BUILDER.counter:
+                BUILDER.counter.start_program()
             BUILDER.set_grid_idx(*programs[number])
             function(**values)
+        if BUILDER.counter:
+            BUILDER.counter.current.unique_loaded, BUILDER.counter.current.unique_stored = memory.unique_bytes()
 
     return run
 
@@ -293,12 +179,15 @@ def _reject_bf16(reduce: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @contextlib.contextmanager
-def strict_interpreter(seed: int = 0, *, poison: bool = True) -> Iterator[None]:
+def strict_interpreter(
+    seed: int = 0, *, poison: bool = True, counter: WorkCounter | None = None
+) -> Iterator[WorkCounter | None]:
     """Interpret, strictly, every Triton kernel launched in this scope.
 
     Args:
         seed: draws the order in which programs run; every order must give the same result.
         poison: `torch.empty` gives NaN inside the scope.
+        counter: counts the work that is done; it is also what `with ... as` gives.
     """
     if interpreter.interpreter_builder is BUILDER:
         raise StrictError("strict_interpreter() does not nest")
@@ -308,6 +197,7 @@ def strict_interpreter(seed: int = 0, *, poison: bool = True) -> Iterator[None]:
         if poison:
             stack.enter_context(poisoned_empty())
         stack.enter_context(np.errstate(all="ignore"))  # inf - inf and overflow are ordinary on a GPU
+        scope.set_attr(BUILDER, "counter", counter)
         scope.set_attr(interpreter, "interpreter_builder", BUILDER)
         scope.set_attr(interpreter, "interpreter_semantic", SEMANTIC)
         scope.set_attr(JITFunction, "run", _run(random.Random(seed)))
@@ -320,4 +210,4 @@ def strict_interpreter(seed: int = 0, *, poison: bool = True) -> Iterator[None]:
                 language.set_attr(module, name, _reject_bf16(getattr(module, name)))
         stack.enter_context(triton.knobs.runtime.scope())
         triton.knobs.runtime.interpret = True
-        yield
+        yield counter

@@ -11,7 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastchargpt.batches import IGNORE_INDEX, TokenBatches, eval_batches, place_tokens
+from fastchargpt.batches import TokenBatches, eval_batches, place_tokens
+from fastchargpt.config import IGNORE_INDEX
 from fastchargpt.errors import CheckpointError, ConfigError, CorpusError
 
 ORDERS = pytest.mark.parametrize("order", ["random", "epochs"])

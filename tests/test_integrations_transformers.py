@@ -4,11 +4,11 @@ from typing import Any
 
 import pytest
 import torch
+from peers import peer
 from torch import Tensor, nn
 
 from fastchargpt.errors import AttentionError
 from fastchargpt.integrations.transformers import attention, register
-from peers import peer
 
 transformers = peer("transformers")
 
@@ -16,13 +16,21 @@ transformers = peer("transformers")
 def make(kind: str, implementation: str, **fields: Any) -> Any:
     """A small model in float64, the same weights whatever the implementation."""
     register()
-    token = dict(vocab_size=61, bos_token_id=None, eos_token_id=None, pad_token_id=0)
+    token = {"vocab_size": 61, "bos_token_id": None, "eos_token_id": None, "pad_token_id": 0}
     if kind == "gpt2":
-        shape = dict(n_embd=32, n_layer=2, n_head=4, n_positions=64, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+        shape = {
+            "n_embd": 32,
+            "n_layer": 2,
+            "n_head": 4,
+            "n_positions": 64,
+            "resid_pdrop": 0.0,
+            "embd_pdrop": 0.0,
+            "attn_pdrop": 0.0,
+        }
         config, model_class = transformers.GPT2Config, transformers.GPT2LMHeadModel
     else:  # Llama has grouped queries; Mistral also a sliding window
-        shape = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, max_position_embeddings=64)
-        shape |= dict(num_attention_heads=4, num_key_value_heads=2)
+        shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "max_position_embeddings": 64}
+        shape |= {"num_attention_heads": 4, "num_key_value_heads": 2}
         config, model_class = getattr(transformers, f"{kind}Config"), getattr(transformers, f"{kind}ForCausalLM")
     torch.manual_seed(0)
     model = model_class(config(**{**shape, **token, **fields}))
@@ -78,7 +86,7 @@ def test_generate_gives_the_same_tokens(kind: str, fields: dict[str, Any]) -> No
     greedy, padded, sampled, static = [], [], [], []
     for implementation in ("sdpa", "fastchargpt"):
         model = make(kind, implementation, **fields)
-        length = dict(max_new_tokens=6, pad_token_id=0)
+        length = {"max_new_tokens": 6, "pad_token_id": 0}
         greedy.append(model.generate(ids, do_sample=False, **length))
         padded.append(model.generate(ids, attention_mask=mask, do_sample=False, **length))
         torch.manual_seed(5)
@@ -115,7 +123,13 @@ def test_dropout_in_training_only() -> None:
 
 def test_an_encoder_sees_both_ways() -> None:
     register()
-    fields = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=48, vocab_size=61)
+    fields = {
+        "hidden_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "intermediate_size": 48,
+        "vocab_size": 61,
+    }
     model = transformers.BertModel(transformers.BertConfig(**fields)).double().eval()
     model.set_attn_implementation("sdpa")
     expected = model(tokens(2, 7)).last_hidden_state

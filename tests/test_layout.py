@@ -19,13 +19,15 @@ SOURCE = ROOT / "src" / "fastchargpt"
 # Left to right: a module may import from its own stage and those before it. ARCHITECTURE.md draws this.
 STAGES = [
     ["errors"],
-    ["config", "hardware", "metrics", "plotting", "outdir", "signals"],
+    ["config", "hardware", "metrics", "plotting", "outdir", "signals", "machine", "timing", "roofline"],
     ["tokens", "presets", "cache"],
     ["bpe", "tokenizers"],
-    ["downloads", "nanogpt_data", "token_files", "corpus"],
+    ["downloads", "text_files"],
+    ["nanogpt_data"],
+    ["corpus"],
     ["batches"],
     ["kernels"],
-    ["attention"],
+    ["attention", "parity"],
     ["layers", "bigram"],
     ["model"],
     ["optim", "precision"],
@@ -39,7 +41,7 @@ STAGES = [
     ["engines"],
     ["generation"],
     ["integrations", "convert"],
-    ["doctor", "cli"],
+    ["finding", "diagnosis", "doctor", "cli"],
 ]
 # A method that nanoGPT's GPT has and ours therefore has too, imported when it is called.
 FACADES = {("model", "optim"), ("model", "generation"), ("model", "sampling")}
@@ -49,7 +51,9 @@ def _stage(module: str) -> int:
     for number, names in enumerate(STAGES):
         if module in names:
             return number
-    raise AssertionError(f"{module} stands in no stage: say in tests/test_layout.py and ARCHITECTURE.md where it belongs")
+    raise AssertionError(
+        f"{module} stands in no stage: say in tests/test_layout.py and ARCHITECTURE.md where it belongs"
+    )
 
 
 def _top(path: Path) -> str:
@@ -60,7 +64,9 @@ def _top(path: Path) -> str:
 
 def _imports(path: Path) -> set[str]:
     """Modules of this package that a file imports, by their first name."""
-    package = ["fastchargpt", "kernels"] if _top(path) == "kernels" else ["fastchargpt", *path.relative_to(SOURCE).parts[:-1]]
+    package = (
+        ["fastchargpt", "kernels"] if _top(path) == "kernels" else ["fastchargpt", *path.relative_to(SOURCE).parts[:-1]]
+    )
     names: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         found: list[str] = []
@@ -74,7 +80,12 @@ def _imports(path: Path) -> set[str]:
     return names - {"__version__"}
 
 
-FILES = [path for folder in (SOURCE, ROOT / "kernels") for path in sorted(folder.rglob("*.py")) if path != SOURCE / "__init__.py"]
+FILES = [
+    path
+    for folder in (SOURCE, ROOT / "kernels")
+    for path in sorted(folder.rglob("*.py"))
+    if path != SOURCE / "__init__.py"
+]
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
@@ -84,7 +95,9 @@ def test_imports_point_backwards(path: Path) -> None:
         return
     for imported in _imports(path):
         if (module, imported) not in FACADES:
-            assert _stage(imported) <= _stage(module), f"{module} must not import {imported}: it comes later in the flow"
+            assert _stage(imported) <= _stage(module), (
+                f"{module} must not import {imported}: it comes later in the flow"
+            )
 
 
 def test_kernels_import_nothing_but_errors() -> None:

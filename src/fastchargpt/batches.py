@@ -1,21 +1,21 @@
 """Training and evaluation batches: the tokens live once on the device, and a batch is one gather."""
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from fastchargpt.config import IGNORE_INDEX
 from fastchargpt.errors import CheckpointError, ConfigError, CorpusError
 
-__all__ = ["IGNORE_INDEX", "TokenBatches", "eval_batches", "place_tokens"]
+__all__ = ["TokenBatches", "TokenData", "eval_batches", "place_tokens"]
 
 Batch: TypeAlias = tuple[torch.Tensor, torch.Tensor]
 TokenData: TypeAlias = npt.NDArray[np.integer[Any]] | torch.Tensor
 
-IGNORE_INDEX = -1  # the target of a padded position; cross_entropy(ignore_index=-1) leaves it out, as in nanoGPT
 # On a GPU the tokens may take this share of the free memory; the rest is the model's.
 RESIDENT_SHARE = 0.25
 _SIGNED = {np.dtype(np.uint16): np.int16, np.dtype(np.uint32): np.int32}
@@ -219,9 +219,15 @@ class TokenBatches:
 
 
 def eval_batches(
-    tokens: TokenData, block_size: int, batch_size: int, device: torch.device | str = "cpu"
+    tokens: TokenData,
+    block_size: int,
+    batch_size: int,
+    device: torch.device | str = "cpu",
+    max_batches: int | None = None,
 ) -> Iterator[Batch]:
     """The whole split, in order: every token but the first, which has no context, is a target exactly once.
+
+    With `max_batches` only so many of the batches, evenly spaced, for an estimate of a long split.
 
     Every batch has the same shape, (B, T) int64 with B = min(batch_size, windows of the split), so that a compiled
     model compiles once. What is missing at the end is padded: inputs with 0, targets with IGNORE_INDEX. The exact mean
@@ -241,7 +247,10 @@ def eval_batches(
     step = rows * block_size
 
     def batches() -> Iterator[Batch]:
-        for start in range(0, targets, step):
+        starts: Sequence[int] = range(0, targets, step)
+        if max_batches is not None and max_batches < len(starts):
+            starts = [starts[number * len(starts) // max_batches] for number in range(max_batches)]
+        for start in starts:
             run = _widen(data[start : start + step + 1], device)
             missing = step + 1 - len(run)
             x = torch.nn.functional.pad(run, (0, missing))[:-1] if missing else run[:-1]

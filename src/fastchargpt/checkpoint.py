@@ -10,6 +10,7 @@ removes the old. Whatever moment a save is cut off at, one of the three is whole
 import hashlib
 import json
 import os
+import pickle
 import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -93,7 +94,9 @@ def save_checkpoint(folder: str | os.PathLike[str], checkpoint: Checkpoint) -> N
     except (OSError, RuntimeError, SafetensorError) as error:
         # torch reports a failed write as a RuntimeError, safetensors as an error of its own
         shutil.rmtree(new, ignore_errors=True)
-        raise OutDirError(f"the checkpoint {folder} could not be written ({_reason(error)}); the one before is untouched") from error
+        raise OutDirError(
+            f"the checkpoint {folder} could not be written ({_reason(error)}); the one before is untouched"
+        ) from error
 
 
 def load_checkpoint(
@@ -109,13 +112,16 @@ def load_checkpoint(
     Raises:
         CheckpointError: there is none, it is damaged, foreign, or written by a later version; the message says which.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     folder = _find(Path(folder))
     content = _read_config(folder / CONFIG)
     for name, sha256 in content["files"].items():
         if name not in (WEIGHTS, TOKENIZER, TRAINER):
-            raise CheckpointError(f"{folder / CONFIG} lists a file {name!r} that no checkpoint has: it is foreign or damaged")
+            raise CheckpointError(
+                f"{folder / CONFIG} lists a file {name!r} that no checkpoint has: it is foreign or damaged"
+            )
         if name != TRAINER or with_trainer:
             _verify(folder / name, sha256)
     try:
@@ -125,14 +131,23 @@ def load_checkpoint(
         raise CheckpointError(f"{folder / CONFIG} describes a model that this version does not know: {error}") from None
     if WEIGHTS not in content["files"]:
         raise CheckpointError(f"{folder / CONFIG} lists no {WEIGHTS}: the checkpoint is damaged")
-    weights = load_file(folder / WEIGHTS, device=str(device))
+    try:
+        weights = load_file(folder / WEIGHTS, device=str(device))
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{folder / WEIGHTS} holds no weights that can be read ({_reason(error)})") from None
     if model_config.tie_weights and TIED_KEPT in weights:
         weights[TIED_COPY] = weights[TIED_KEPT]
     trainer_state = None
     if with_trainer:
         if TRAINER not in content["files"]:
             raise CheckpointError(f"{folder} holds weights but no {TRAINER}: it can be sampled from, not resumed")
-        trainer_state = torch.load(folder / TRAINER, map_location="cpu", weights_only=True)
+        try:
+            trainer_state = torch.load(folder / TRAINER, map_location="cpu", weights_only=True)
+        except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError):
+            raise CheckpointError(
+                f"{folder / TRAINER} holds more than tensors and plain values, so it was not written by fastchargpt and "
+                "is not read"
+            ) from None
     return Checkpoint(
         model_config=model_config,
         weights=weights,
@@ -177,9 +192,13 @@ def _find(folder: Path) -> Path:
     if not folder.exists():
         raise CheckpointError(f"there is no checkpoint at {folder}: the folder does not exist")
     if folder.is_file():
-        raise CheckpointError(f"{folder} is a file, and a checkpoint is a folder: `fastchargpt convert` reads other formats")
+        raise CheckpointError(
+            f"{folder} is a file, and a checkpoint is a folder: `fastchargpt convert` reads other formats"
+        )
     if (folder / "ckpt.pt").is_file():
-        raise CheckpointError(f"{folder} holds a nanoGPT checkpoint: bring it in with `fastchargpt convert {folder} NEW_FOLDER`")
+        raise CheckpointError(
+            f"{folder} holds a nanoGPT checkpoint: bring it in with `fastchargpt convert {folder} NEW_FOLDER`"
+        )
     raise CheckpointError(f"{folder} holds no checkpoint: there is no {CONFIG} in it, nor in best/ or last/ under it")
 
 
@@ -200,7 +219,9 @@ def _read_config(path: Path) -> dict[str, Any]:
     sha256 = content.pop("sha256", None)
     parts = {"files": dict, "info": dict, "model": dict, "train": (dict, type(None))}
     if sha256 != _digest(content) or any(not isinstance(content.get(name), kind) for name, kind in parts.items()):
-        raise CheckpointError(f"{path} does not match its own checksum: the checkpoint is damaged, or was edited by hand")
+        raise CheckpointError(
+            f"{path} does not match its own checksum: the checkpoint is damaged, or was edited by hand"
+        )
     return content
 
 

@@ -11,7 +11,10 @@ from typing import Any, Literal, Self, TypeVar, get_args, get_origin, get_type_h
 
 from fastchargpt.errors import ConfigError, nearest
 
-__all__ = ["Family", "GPTConfig", "TrainConfig", "config_from_dict"]
+__all__ = ["IGNORE_INDEX", "Family", "GPTConfig", "TrainConfig", "config_from_dict"]
+
+# the target of a position that does not count in the loss, as in nanoGPT
+IGNORE_INDEX = -1
 
 Family = Literal["lecture", "nanogpt", "modern"]
 C = TypeVar("C", "GPTConfig", "TrainConfig")
@@ -33,7 +36,9 @@ def _check_types(config: Any) -> None:
             continue
         if choices and float not in allowed and int not in allowed:
             known = ", ".join(map(str, choices))
-            _check(value in choices, f"{field.name} must be one of {known}, not {value!r}{nearest(str(value), choices)}")
+            _check(
+                value in choices, f"{field.name} must be one of {known}, not {value!r}{nearest(str(value), choices)}"
+            )
         elif bool in allowed:
             _check(isinstance(value, bool), f"{field.name} must be True or False, not {value!r}")
         elif float in allowed:
@@ -238,7 +243,9 @@ class TrainConfig:
             _check(getattr(self, name) >= 0, f"{name} must not be negative, and it is {getattr(self, name)}")
         for name in ("beta1", "beta2"):
             _check(0.0 <= getattr(self, name) < 1.0, f"{name} must be in [0, 1), not {getattr(self, name)}")
-        _check(0.0 < self.cooldown_fraction <= 1.0, f"cooldown_fraction must be in (0, 1], not {self.cooldown_fraction}")
+        _check(
+            0.0 < self.cooldown_fraction <= 1.0, f"cooldown_fraction must be in (0, 1], not {self.cooldown_fraction}"
+        )
         _check(
             self.lr_decay_iters is None or self.lr_decay_iters >= 1,
             f"lr_decay_iters must be at least 1 or None, not {self.lr_decay_iters}",

@@ -215,4 +215,3 @@ def resolve_context(context: str, model: GPT) -> Literal["crop", "rechunk", "sli
     if context == "crop" or context == "rechunk" or context == "slide":
         return context  # type: ignore[return-value]
     return "slide" if rope else "crop"
-

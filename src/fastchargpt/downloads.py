@@ -12,7 +12,7 @@ from pathlib import Path
 
 from fastchargpt.errors import CorpusError
 
-__all__ = ["SOURCES", "Source", "cache_dir", "fetch_named", "is_offline"]
+__all__ = ["SOURCES", "Source", "cache_dir", "fetch_named", "is_offline", "reachable"]
 
 CONNECT_SECONDS = 3.0
 READ_SECONDS = 15.0
@@ -128,7 +128,7 @@ def _download(name: str, source: Source, target: Path) -> None:
     import requests
 
     way_out = f"put {source.filename} into the folder that FASTCHARGPT_DATA_DIR names, or use --data pydoc"
-    if not _reachable(source.url):
+    if not reachable(source.url):
         raise CorpusError(f"the corpus {name!r} cannot be downloaded: {source.url} is out of reach; {way_out}")
     downloader = pooch.HTTPDownloader(timeout=(CONNECT_SECONDS, READ_SECONDS), progressbar=sys.stderr.isatty())
     try:
@@ -152,7 +152,7 @@ def _download(name: str, source: Source, target: Path) -> None:
         ) from None
 
 
-def _reachable(url: str) -> bool:
+def reachable(url: str) -> bool:
     """Whether the URL's host takes a connection within a few seconds, name look-up included.
 
     Without this a machine with no network can wait minutes: neither the resolver nor a host with many addresses heeds

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from fastchargpt.batches import Tokens, eval_batches
+from fastchargpt.batches import TokenData, eval_batches
+from fastchargpt.config import IGNORE_INDEX
 from fastchargpt.precision import Precision
 
 __all__ = ["EVAL_TOKENS_PER_BATCH", "Evaluation", "evaluate"]
@@ -37,7 +38,7 @@ class Evaluation:
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, tokens: Tokens, *, block_size: int, precision: Precision, max_batches: int | None = None
+    model: nn.Module, tokens: TokenData, *, block_size: int, precision: Precision, max_batches: int | None = None
 ) -> Evaluation:
     """The mean loss over a split, read in windows of block_size that do not overlap.
 
@@ -58,10 +59,8 @@ def evaluate(
         total, count = torch.zeros((), dtype=torch.float64), 0
         batch_size = max(1, EVAL_TOKENS_PER_BATCH // block_size)
         with precision.matmuls(), precision.autocast(device.type):
-            for x, y in eval_batches(
-                tokens, block_size=block_size, batch_size=batch_size, device=device, max_batches=max_batches
-            ):
-                targets = int((y != -1).sum())
+            for x, y in eval_batches(tokens, block_size, batch_size, device, max_batches):
+                targets = int((y != IGNORE_INDEX).sum())
                 total += model(x, y)[1].double().cpu() * targets
                 count += targets
     finally:

@@ -85,7 +85,9 @@ def generate(
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     config = _resolve(config, tokenizer)
     starts = [_tokens(text, tokenizer) for text in prompts]
-    run = _Run(model, [start for start in starts for _ in range(config.num_samples)], config, engine, tokenizer.vocab_size)
+    run = _Run(
+        model, [start for start in starts for _ in range(config.num_samples)], config, engine, tokenizer.vocab_size
+    )
     texts = [_Text(tokenizer, config.stop) for _ in range(run.batch_size)]
     for row, token in run:
         if not texts[row].push(token):

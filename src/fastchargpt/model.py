@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastchargpt.cache import KVCache
-from fastchargpt.config import GPTConfig
+from fastchargpt.config import IGNORE_INDEX, GPTConfig
 from fastchargpt.errors import ConfigError
 from fastchargpt.hardware import peak_flops
 from fastchargpt.layers import Block, CausalSelfAttention, make_norm, rope_tables
@@ -24,7 +24,6 @@ from fastchargpt.layers import Block, CausalSelfAttention, make_norm, rope_table
 __all__ = ["GPT"]
 
 INIT_STD = 0.02
-IGNORE_INDEX = -1
 
 
 class GPT(nn.Module):

@@ -75,7 +75,9 @@ class NativeEngine(TorchEngine):
         """Draw from what `step` returned; for knobs that `can_draw` allows."""
         return self.native.draw(logits, vocab_size, config.temperature, config.top_k or 0, u.contiguous().numpy())
 
-    def speculate(self, row: int, position: int, token: int, vocab_size: int, config: SamplingConfig, u: Tensor) -> list[int]:
+    def speculate(
+        self, row: int, position: int, token: int, vocab_size: int, config: SamplingConfig, u: Tensor
+    ) -> list[int]:
         """Append a token and draw 1 to len(u) more, the same that as many steps and draws would have given."""
         return self.native.speculate(
             self.memory,

@@ -32,17 +32,23 @@ def claim_out_dir(out_dir: Path, mode: Literal["new", "resume", "overwrite"]) ->
     if out_dir.exists() and not out_dir.is_dir():
         raise OutDirError(f"out dir {out_dir} is a file: name a folder with --out-dir")
     if mode == "new" and taken:
-        raise OutDirError(f"out dir {out_dir} is not empty: go on with --resume, replace it with --overwrite, or name another")
+        raise OutDirError(
+            f"out dir {out_dir} is not empty: go on with --resume, replace it with --overwrite, or name another"
+        )
     if mode == "resume" and not taken:
         raise OutDirError(f"out dir {out_dir} holds no run to resume: leave --resume out to start one")
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
         lock = (out_dir / LOCK).open("w")
     except OSError as error:
-        raise OutDirError(f"out dir {out_dir} cannot be written ({error.strerror}): name another with --out-dir") from None
+        raise OutDirError(
+            f"out dir {out_dir} cannot be written ({error.strerror}): name another with --out-dir"
+        ) from None
     with lock:
         if not _lock(lock.fileno()):
-            raise OutDirError(f"out dir {out_dir} is in use by another run: wait for it, or name another with --out-dir")
+            raise OutDirError(
+                f"out dir {out_dir} is in use by another run: wait for it, or name another with --out-dir"
+            )
         if mode == "overwrite" and taken:
             _remove_run(out_dir)
         yield out_dir

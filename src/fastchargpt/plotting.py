@@ -35,14 +35,17 @@ def plot_losses(rows: Sequence[dict[str, float]], path: Path, *, title: str) -> 
     axes = figure.add_subplot()
     if train:
         axes.plot(*zip(*train, strict=True), color=TRAIN, linewidth=1, label="train, one batch")
-    axes.plot(*zip(*val, strict=True), color=VAL, linewidth=2, marker="o", markersize=4, label="validation, whole split")
+    axes.plot(
+        *zip(*val, strict=True), color=VAL, linewidth=2, marker="o", markersize=4, label="validation, whole split"
+    )
     _annotate_best(axes, val)
     axes.set_title(title, loc="left", color=INK, fontsize=11, fontweight="bold")
     axes.set_xlabel("step", color=INK)
     axes.set_ylabel("loss, nats per token", color=INK)
-    # the first steps fall from ln(vocabulary); the picture is about what follows
+    # the first steps fall from ln(vocabulary) in no time; the picture is about what follows
     low = min(value for _, value in (*train, *val))
-    high = max(value for _, value in val)
+    high = max([value for step, value in val if step > 0] or [val[0][1]])
+    high += 0.25 * (high - low)
     if math.isfinite(low) and math.isfinite(high) and high > low:
         axes.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
     axes.grid(color="#e6e9ee", linewidth=0.8)

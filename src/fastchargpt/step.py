@@ -52,7 +52,9 @@ def choose_compile(mode: Literal["auto", "on", "off"], device: torch.device, ite
         return CompileChoice(on=False, reason=missing)
     needed = GPU_ITERATIONS_TO_EARN if device.type == "cuda" else CPU_ITERATIONS_TO_EARN
     if iterations < needed:
-        return CompileChoice(on=False, reason=f"compiling pays from about {needed} steps on here, and this run has {iterations}")
+        return CompileChoice(
+            on=False, reason=f"compiling pays from about {needed} steps on here, and this run has {iterations}"
+        )
     return CompileChoice(on=True, reason=f"a run of {iterations} steps earns the compile time back")
 
 
@@ -66,7 +68,9 @@ def _missing_compiler(device: torch.device) -> str | None:
         return None
     if device.type != "cpu":
         return f"torch.compile is not used on {device.type}"
-    names = [os.environ["CXX"]] if "CXX" in os.environ else ["cl"] if sys.platform == "win32" else ["g++", "clang++", "c++"]
+    names = (
+        [os.environ["CXX"]] if "CXX" in os.environ else ["cl"] if sys.platform == "win32" else ["g++", "clang++", "c++"]
+    )
     if not any(shutil.which(name) for name in names):
         return "torch.compile needs a C++ compiler, and there is none on the path"
     return None

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastchargpt.attention import explain_attention
-from fastchargpt.batches import TokenBatches
+from fastchargpt.batches import TokenBatches, place_tokens
 from fastchargpt.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from fastchargpt.config import GPTConfig, TrainConfig
 from fastchargpt.corpus import Corpus
@@ -84,8 +84,12 @@ class Trainer:
         torch.manual_seed(config.seed)
         self.model = GPT(model_config).to(self.device)
         self.model.set_attention(config.attention)
+        self._train_tokens, self._val_tokens = (
+            place_tokens(corpus.train, self.device),
+            place_tokens(corpus.val, self.device),
+        )
         self.batches = TokenBatches(
-            corpus.train,
+            self._train_tokens,
             batch_size=config.batch_size * config.gradient_accumulation_steps,
             block_size=model_config.block_size,
             order=config.order,
@@ -113,7 +117,9 @@ class Trainer:
         """The choices of this run and their reasons, a line each."""
         model, config = self.model.config, self.config
         tokens_per_step = self.batches.batch_size * model.block_size
-        q = torch.empty(1, model.n_head, model.block_size, model.head_dim, device=self.device, dtype=self.precision.dtype)
+        q = torch.empty(
+            1, model.n_head, model.block_size, model.head_dim, device=self.device, dtype=self.precision.dtype
+        )
         kv = q[:, : model.kv_heads]
         attention = explain_attention(q, kv, kv, dropout_p=model.dropout, backend=config.attention)
         return [
@@ -178,7 +184,12 @@ class Trainer:
         mfu = self.model.estimate_mfu(batch_size, seconds, self.precision.dtype)
         tokens_per_second = batch_size * self.model.config.block_size / seconds
         self._write(f"iter {iteration}: loss {loss:.4f}, time {seconds * 1000:.2f}ms, mfu {mfu * 100:.2f}%")
-        figures = {"loss": loss, "lr": step.learning_rate, "step_ms": seconds * 1000, "tokens_per_second": tokens_per_second}
+        figures = {
+            "loss": loss,
+            "lr": step.learning_rate,
+            "step_ms": seconds * 1000,
+            "tokens_per_second": tokens_per_second,
+        }
         if math.isfinite(mfu):
             figures["mfu"] = mfu
         if step.grad_norm is not None:
@@ -193,12 +204,12 @@ class Trainer:
         iteration, block_size = self.step.iteration, self.model.config.block_size
         train = evaluate(
             self.model,
-            self.corpus.train,
+            self._train_tokens,
             block_size=block_size,
             precision=self.precision,
             max_batches=self._train_batches(),
         )
-        val = evaluate(self.model, self.corpus.val, block_size=block_size, precision=self.precision)
+        val = evaluate(self.model, self._val_tokens, block_size=block_size, precision=self.precision)
         if not math.isfinite(val.loss):
             raise TrainingError(self._not_finite("the validation loss", val.loss, iteration))
         self.val_loss, self._evaluated_at = val.loss, iteration
@@ -289,7 +300,9 @@ class Trainer:
         folder = self.out_dir / "last"
         checkpoint = load_checkpoint(folder, device=self.device, with_trainer=True)
         if checkpoint.model_config != self.model.config:
-            raise CheckpointError(f"{folder} holds another model than the one asked for: resume with the flags it began with")
+            raise CheckpointError(
+                f"{folder} holds another model than the one asked for: resume with the flags it began with"
+            )
         sizes = [len(self.corpus.train), len(self.corpus.val)]
         if checkpoint.info.get("corpus_tokens") != sizes:
             raise CheckpointError(
@@ -326,7 +339,9 @@ class Trainer:
             return
         from tqdm import tqdm
 
-        with tqdm(total=self.config.max_iters, initial=self.step.iteration, unit="step", dynamic_ncols=True) as self._bar:
+        with tqdm(
+            total=self.config.max_iters, initial=self.step.iteration, unit="step", dynamic_ncols=True
+        ) as self._bar:
             try:
                 yield
             finally:

@@ -52,8 +52,11 @@ class RunOptions:
 class TrainCommand:
     """Train a GPT on a text. nanoGPT's spellings work too: --n_layer=4, --device=cpu, --compile=False, --dtype=float32."""
 
+    # what to train on, and where to
     run: RunOptions = field(default_factory=RunOptions)
+    # the model
     model: GPTConfig = field(default_factory=GPTConfig)
+    # how it is trained
     train: TrainConfig = field(default_factory=TrainConfig)
 
 
@@ -77,7 +80,11 @@ def run(argv: Sequence[str]) -> int:
         config,
         corpus,
         out_dir=out_dir,
-        info={"data": _portable(options.data), "tokenizer": options.tokenizer, "bpe_vocab_size": options.bpe_vocab_size},
+        info={
+            "data": _portable(options.data),
+            "tokenizer": options.tokenizer,
+            "bpe_vocab_size": options.bpe_vocab_size,
+        },
         loggers=loggers,
         progress=sys.stderr.isatty(),
     )
@@ -171,4 +178,6 @@ def _sample(folder: Path) -> str:
 
     model, tokenizer = load(folder)
     assert tokenizer is not None
-    return generate(model, tokenizer, "\n", SamplingConfig(max_new_tokens=SAMPLE_TOKENS, temperature=0.8, seed=1337))[0].text
+    return generate(model, tokenizer, "", SamplingConfig(max_new_tokens=SAMPLE_TOKENS, temperature=0.8, seed=1337))[
+        0
+    ].text

@@ -45,7 +45,7 @@ def detect(source: Path) -> str:
     if is_lecture(content):
         return "lecture"
     raise CheckpointError(
-        f"{source} is neither nanoGPT's ckpt.pt (it has no 'model_args') nor the lecture's state dict (it has other names)"
+        f"{source} is neither nanoGPT's ckpt.pt (there is no 'model_args') nor the lecture's state dict (other names)"
     )
 
 
@@ -142,8 +142,8 @@ def _read_safetensors(source: Path, notes: list[str]) -> Checkpoint:
     weights, metadata = read_safetensors(source)
     if CONFIG_KEY not in metadata:
         raise CheckpointError(
-            f"{source} does not say what model it is (metadata {CONFIG_KEY!r}): give the folder of a transformers model, "
-            "with its config.json"
+            f"{source} does not say what model it is (metadata {CONFIG_KEY!r}): give the folder of a transformers "
+            "model, with its config.json"
         )
     try:
         fields = json.loads(metadata[CONFIG_KEY])

@@ -65,7 +65,7 @@ def to_hugging_face(tokenizer: Tokenizer) -> str:
 def from_hugging_face(path: Path) -> Tokenizer | None:
     """Our tokenizer from a Hugging Face tokenizer.json, or None where ours cannot give the same ids.
 
-    Those that `to_hugging_face` writes come back; GPT-2's own does not, since its ids are not in the order of its merges.
+    Those that `to_hugging_face` writes come back; GPT-2's own does not: its ids are not in the order of its merges.
 
     Raises:
         CheckpointError: the file cannot be read.
@@ -108,5 +108,6 @@ def check_vocabulary(tokenizer: Tokenizer, vocab_size: int, source: object) -> N
     """
     if tokenizer.vocab_size > vocab_size:
         raise CheckpointError(
-            f"the tokenizer of {source} has {tokenizer.vocab_size} tokens and the model {vocab_size}: they are not of one run"
+            f"the tokenizer of {source} has {tokenizer.vocab_size} tokens and the model {vocab_size}: "
+            "they are not of one run"
         )

@@ -84,9 +84,14 @@ def _as_nanogpt(config: GPTConfig, weights: Mapping[str, Tensor]) -> tuple[GPTCo
     Raises:
         ConfigError: it computes something that nanoGPT's model cannot.
     """
-    needed: dict[str, Any] = dict(
-        position="learned", norm="layernorm", activation="gelu", tie_weights=True, qk_norm=False, logit_softcap=None
-    )
+    needed: dict[str, Any] = {
+        "position": "learned",
+        "norm": "layernorm",
+        "activation": "gelu",
+        "tie_weights": True,
+        "qk_norm": False,
+        "logit_softcap": None,
+    }
     for name, value in needed.items():
         if getattr(config, name) != value:
             raise ConfigError(

@@ -83,7 +83,7 @@ def flash_attn_qkvpacked_func(
     ):
         heads = qkv.shape[3]
         packed = causal_attention_packed(qkv.flatten(2), heads, scale=softmax_scale, dropout_p=dropout_p)
-        return packed.unflatten(-1, (heads, -1))
+        return packed.view(*packed.shape[:2], heads, -1)
     q, k, v = (qkv[:, :, i].transpose(1, 2) for i in range(3))
     return _attend(q, k, v, dropout_p, softmax_scale, causal, window_size, deterministic).transpose(1, 2)
 
@@ -245,7 +245,8 @@ def _lengths(cache_seqlens: int | Tensor | None, cache: Tensor, *, needed: bool)
     lengths = found if isinstance(found, list) else [found] * batch
     if len(lengths) != batch or any(type(n) is not int or not 0 <= n <= capacity for n in lengths):
         raise AttentionError(
-            f"cache_seqlens must be a whole number or {batch} of them, from 0 to the cache's {capacity}; got {found!r:.80}"
+            f"cache_seqlens must be a whole number or {batch} of them, from 0 to the cache's {capacity}; "
+            f"got {found!r:.80}"
         )
     return lengths
 

@@ -1,7 +1,7 @@
 """GPT-2 as transformers keeps it: its config and weights into ours and back.
 
-transformers stores the linear layers of a block transposed (its Conv1D) and has a bias everywhere; a bias that our model
-lacks becomes zero there, which changes no logit.
+transformers stores the linear layers of a block transposed (its Conv1D) and has a bias everywhere; a bias that our
+model lacks becomes zero there, which changes no logit.
 """
 
 import re

@@ -111,7 +111,8 @@ def lecture_to_weights(
                     raise CheckpointError(f"{source} lacks the weight {name}")
                 if state[name].shape != (config.head_dim, config.n_embd):
                     raise CheckpointError(
-                        f"{source}: {name} has the shape {tuple(state[name].shape)}, not {(config.head_dim, config.n_embd)}"
+                        f"{source}: {name} has the shape {tuple(state[name].shape)}, "
+                        f"not {(config.head_dim, config.n_embd)}"
                     )
                 stacked.append(state[name])
         weights[f"transformer.h.{layer}.attn.c_attn.weight"] = torch.cat(stacked)
@@ -141,7 +142,7 @@ def weights_to_lecture(config: GPTConfig, weights: Mapping[str, Tensor]) -> dict
         if not kept:
             raise ConfigError(f"the lecture's model has {rule}, and this model has not: it cannot be written as one")
     state: dict[str, Tensor] = {}
-    pairs = [(ours, theirs) for ours, theirs in TOP.items()]
+    pairs = list(TOP.items())
     for layer in range(config.n_layer):
         pairs += [(f"transformer.h.{layer}.{ours}", f"blocks.{layer}.{theirs}") for ours, theirs in BLOCK.items()]
         stacked = weights[f"transformer.h.{layer}.attn.c_attn.weight"].chunk(3 * config.n_head)

@@ -32,7 +32,7 @@ M = TypeVar("M", bound=nn.Module)
 
 @dataclass
 class GPTConfig:
-    """nanoGPT's config: seven fields, in its order, with its defaults, to be changed at will until the model is made."""
+    """nanoGPT's config: its seven fields and defaults, to be changed at will until the model is made."""
 
     block_size: int = 1024
     vocab_size: int = 50304
@@ -94,7 +94,7 @@ class GPT(our_model.GPT):
         return optimizer
 
     def estimate_mfu(self, fwdbwd_per_iter: float, dt: float, dtype: torch.dtype | None = None) -> float:
-        """The share of an A100's bf16 peak that a step of `dt` seconds reaches, on any device: the figure nanoGPT prints.
+        """The share of an A100's bf16 peak that a step of `dt` seconds reaches, on any device: nanoGPT's figure.
 
         `fastchargpt.GPT.estimate_mfu` measures against the device's own peak.
         """
@@ -114,6 +114,10 @@ def _our_config(config: Any) -> ours.GPTConfig:
 
 class AcceleratedAttention(nn.Module):
     """Stands in for nanoGPT's CausalSelfAttention, (B, T, C) -> (B, T, C), holding the very parameters it held."""
+
+    c_attn: nn.Linear
+    c_proj: nn.Linear
+    resid_dropout: nn.Dropout
 
     def __init__(self, original: nn.Module, backend: str) -> None:
         super().__init__()
@@ -157,8 +161,8 @@ def accelerate(model: M, *, backend: str = "auto") -> M:
     found = [(name, module) for name, module in model.named_modules() if _is_attention(module)]
     if not found and not again:
         raise ConfigError(
-            f"accelerate found no attention like nanoGPT's in {type(model).__name__}: it needs modules with c_attn, c_proj, "
-            "n_head and resid_dropout inside (for transformers there is fastchargpt.integrations.transformers)"
+            f"accelerate found no attention like nanoGPT's in {type(model).__name__}: it needs modules with c_attn, "
+            "c_proj, n_head and resid_dropout inside (for transformers there is fastchargpt.integrations.transformers)"
         )
     if found and found[0][0] == "":
         raise ConfigError("accelerate swaps the attention inside a model: pass the model that holds this layer")
@@ -204,7 +208,6 @@ def _dropout(attention: nn.Module) -> Any:
 def _check_same(name: str, swap: AcceleratedAttention) -> None:
     original: nn.Module = swap.__dict__["original"]
     weight = swap.c_attn.weight
-    assert isinstance(weight, Tensor)
     if weight.is_meta:
         return
     numbers = torch.Generator().manual_seed(0)
@@ -221,6 +224,6 @@ def _check_same(name: str, swap: AcceleratedAttention) -> None:
     tolerance = 64 * torch.finfo(weight.dtype).eps * max(1.0, float(found.abs().max()))
     if not worst <= tolerance:
         raise ConfigError(
-            f"{name} computes something else than nanoGPT's attention (its output differs by {float(worst):.2g}), so it "
-            "is left as it is: write it with fastchargpt.causal_attention instead"
+            f"{name} computes something else than nanoGPT's attention (its output differs by {float(worst):.2g}), so "
+            "it is left as it is: write it with fastchargpt.causal_attention instead"
         )

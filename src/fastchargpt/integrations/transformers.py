@@ -4,8 +4,8 @@
     register()
     model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="fastchargpt")
 
-Causal attention without padding runs on `fastchargpt.causal_attention`. Where transformers hands over a mask (padding, a
-sliding window, a static cache), torch's SDPA runs with that mask.
+Causal attention without padding runs on `fastchargpt.causal_attention`. Where transformers hands over a mask (padding,
+a sliding window, a static cache), torch's SDPA runs with that mask.
 """
 
 from typing import Any

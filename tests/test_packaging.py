@@ -1,0 +1,88 @@
+"""The package as a user gets it: a wheel in a fresh environment, used from another folder."""
+
+import json
+import os
+import subprocess
+import sys
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("dist")
+    subprocess.run(
+        [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(out), str(ROOT)],
+        check=True,
+        capture_output=True,
+    )
+    return next(out.glob("*.whl"))
+
+
+def test_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
+    assert wheel.stat().st_size < 1_000_000
+    names = zipfile.ZipFile(wheel).namelist()
+    tops = {name.split("/")[0] for name in names}
+    assert tops == {"fastchargpt", next(top for top in tops if top.endswith(".dist-info"))}
+    for expected in ("fastchargpt/py.typed", "fastchargpt/model.py", "fastchargpt/cli/main.py"):
+        assert expected in names
+    tracked = {
+        path.relative_to(ROOT / "kernels").as_posix()
+        for path in (ROOT / "kernels").rglob("*")
+        if path.suffix in (".py", ".json", ".cpp")
+    }
+    assert {f"fastchargpt/kernels/{name}" for name in tracked} <= set(names)
+
+
+def test_wheel_in_a_fresh_environment(wheel: Path, tmp_path: Path) -> None:
+    # the dependencies come from this environment; the package itself from the wheel alone
+    venv.create(tmp_path / "env", with_pip=False)
+    python = tmp_path / "env" / ("Scripts" if os.name == "nt" else "bin") / "python"
+    packages = json.loads(
+        subprocess.run(
+            [python, "-c", "import json, site; print(json.dumps(site.getsitepackages()[0]))"],
+            check=True,
+            capture_output=True,
+        ).stdout
+    )
+    subprocess.run(
+        [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", packages, str(wheel)], check=True
+    )
+    import torch
+
+    borrowed = Path(torch.__file__).parents[1]
+    (Path(packages) / "borrowed.pth").write_text(f"{borrowed}\n")
+    program = f"""
+import sys, fastchargpt, fastchargpt.kernels, fastchargpt.kernels.naive
+assert fastchargpt.__file__.startswith({packages!r}), fastchargpt.__file__
+assert fastchargpt.kernels.__file__.startswith({packages!r}), fastchargpt.kernels.__file__
+import torch
+model = fastchargpt.GPT(fastchargpt.GPTConfig(n_layer=1, n_head=2, n_embd=8, block_size=4, vocab_size=5))
+print(model.generate(torch.zeros(1, 1, dtype=torch.long), 3).shape)
+"""
+    done = subprocess.run([python, "-c", program], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "torch.Size([1, 4])" in done.stdout
+    done = subprocess.run(
+        [python, "-m", "fastchargpt", "--version"], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.startswith("fastchargpt ")
+
+
+def test_kernels_refuse_to_be_a_top_level_package() -> None:
+    done = subprocess.run([sys.executable, "-c", "import kernels"], cwd=ROOT, capture_output=True, text=True)
+    assert "not a top-level package 'kernels'" in done.stderr
+
+
+def test_import_costs_little_more_than_torch() -> None:
+    # counted in modules, not in seconds: what the import adds to torch's own thousands
+    program = "import sys, torch; before = len(sys.modules); import fastchargpt; fastchargpt.GPT; print(len(sys.modules) - before, before)"
+    added, before = map(
+        int, subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True).stdout.split()
+    )
+    assert added < 0.1 * before

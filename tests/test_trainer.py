@@ -1,0 +1,302 @@
+"""The training loop: exact resume, early stops, signals, faults, and what it leaves behind."""
+
+import dataclasses
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from fastchargpt.checkpoint import load_checkpoint
+from fastchargpt.config import GPTConfig, TrainConfig
+from fastchargpt.corpus import Corpus
+from fastchargpt.errors import CheckpointError, TrainingError
+from fastchargpt.evaluation import evaluate
+from fastchargpt.loading import load
+from fastchargpt.metrics import JsonlMetrics, read_metrics
+from fastchargpt.model import GPT
+from fastchargpt.plotting import plot_losses
+from fastchargpt.precision import Precision
+from fastchargpt.tokenizers import CharTokenizer
+from fastchargpt.trainer import Trainer
+
+FP32 = Precision(name="fp32", reason="test")
+MODEL = GPTConfig(n_layer=1, n_head=2, n_embd=16, block_size=8, vocab_size=5, dropout=0.1)
+CONFIG = TrainConfig(
+    batch_size=4,
+    max_iters=20,
+    eval_interval=5,
+    log_interval=1,
+    warmup_iters=3,
+    learning_rate=1e-2,
+    device="cpu",
+    seed=7,
+)
+
+
+def corpus(tokens: int = 400) -> Corpus:
+    """A text that a model can learn: each character mostly follows the one before it in the alphabet."""
+    random = np.random.default_rng(0)
+    ids = np.cumsum(1 + (random.random(tokens) < 0.1)) % 5
+    cut = int(0.9 * tokens)
+    return Corpus(
+        name="toy",
+        train=ids[:cut].astype(np.uint8),
+        val=ids[cut:].astype(np.uint8),
+        tokenizer=CharTokenizer("abcde"),
+        vocab_size=5,
+        source="made here",
+    )
+
+
+class Recorder:
+    def __init__(self) -> None:
+        self.rows: list[tuple[int, dict[str, float]]] = []
+
+    def log(self, metrics: Any, *, step: int) -> None:
+        self.rows.append((step, {name: value for name, value in metrics.items() if name in ("loss", "val_loss", "lr")}))
+
+
+def train(
+    out_dir: Path | None = None, *, stop_at: int | None = None, resume: bool = False, **fields: Any
+) -> tuple[Trainer, Recorder]:
+    """Run, or begin and be interrupted before step `stop_at`, or go on."""
+    recorder = Recorder()
+    trainer = Trainer(
+        MODEL,
+        dataclasses.replace(CONFIG, **fields),
+        corpus(),
+        out_dir=out_dir,
+        loggers=[recorder],
+        log=lambda line: None,
+    )
+    if resume:
+        trainer.resume()
+    if stop_at is not None:
+        plain = trainer.batches.next_batch
+
+        def next_batch() -> tuple[torch.Tensor, torch.Tensor]:
+            if trainer.step.iteration == stop_at - 1:
+                signal.raise_signal(signal.SIGTERM)  # noted by the loop, acted on after this step
+            return plain()
+
+        trainer.batches.next_batch = next_batch  # type: ignore[method-assign]
+    result = trainer.run()
+    assert result.stopped == ("finished" if stop_at is None else "SIGTERM")
+    return trainer, recorder
+
+
+@pytest.mark.parametrize("order", ["random", "epochs"])
+@pytest.mark.parametrize("stop_at", [1, 5, 7, 19])
+@pytest.mark.parametrize("schedule", ["cosine", "wsd"])
+def test_resume_is_bit_equal(tmp_path: Path, order: str, stop_at: int, schedule: str) -> None:
+    fields = dict(order=order, schedule=schedule, gradient_accumulation_steps=2)
+    whole, expected = train(**fields)  # type: ignore[arg-type]
+    _, first = train(tmp_path, stop_at=stop_at, **fields)  # type: ignore[arg-type]
+    torch.manual_seed(999)  # whatever happened in between
+    torch.rand(3)
+    second_run, second = train(tmp_path, resume=True, **fields)  # type: ignore[arg-type]
+    assert first.rows + second.rows == expected.rows
+    for ours, theirs in zip(second_run.model.parameters(), whole.model.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+    assert second_run.best_val_loss == whole.best_val_loss
+    assert second_run.best_iteration == whole.best_iteration
+
+
+def test_it_learns_and_keeps_the_best(tmp_path: Path) -> None:
+    trainer, recorder = train(tmp_path, max_iters=100, eval_interval=20)
+    losses = [row["val_loss"] for _, row in recorder.rows if "val_loss" in row]
+    assert losses[-1] < 0.6 < 1.5 < losses[0]
+    assert min(losses) == trainer.best_val_loss
+    model, tokenizer = load(tmp_path)
+    assert tokenizer is not None
+    # the saved model is the one that was measured, and the figure is that of the whole split
+    assert evaluate(model, corpus().val, block_size=8, precision=FP32).loss == trainer.best_val_loss
+    assert load_checkpoint(tmp_path / "best").info["iteration"] == trainer.best_iteration
+    assert load_checkpoint(tmp_path / "best").trainer_state is None
+
+
+def test_evaluation_is_the_mean_over_every_token() -> None:
+    torch.manual_seed(0)
+    model = GPT(MODEL).double()
+    tokens = corpus().val
+    total, count = 0.0, 0
+    for start in range(0, len(tokens) - 1, 8):  # windows that do not overlap, one by one
+        window = torch.from_numpy(tokens[start : start + 9].astype(np.int64))[None]
+        loss = model.eval()(window[:, :-1], window[:, 1:])[1]
+        total += loss.item() * (window.shape[1] - 1)
+        count += window.shape[1] - 1
+    model.train()
+    found = evaluate(model, tokens, block_size=8, precision=FP32)
+    assert found.tokens == count == len(tokens) - 1
+    assert found.loss == pytest.approx(total / count, rel=1e-12)
+    assert found.bits_per_token == pytest.approx(found.loss / math.log(2))
+    assert model.training
+
+
+def test_target_and_patience_stop_early() -> None:
+    recorder = Recorder()
+    fields = dict(max_iters=1000, eval_interval=10)
+    target = Trainer(
+        MODEL,
+        dataclasses.replace(CONFIG, target_val_loss=1.2, **fields),
+        corpus(),
+        loggers=[recorder],
+        log=lambda _: None,
+    ).run()
+    assert target.stopped == "target"
+    assert target.val_loss <= 1.2
+    assert target.iterations < 1000
+    idle = dict(fields, learning_rate=0.0, min_lr=0.0, patience=3)
+    stuck = Trainer(MODEL, dataclasses.replace(CONFIG, **idle), corpus(), log=lambda _: None).run()  # type: ignore[arg-type]
+    assert (stuck.stopped, stuck.iterations) == ("patience", 30)
+
+
+def test_lines_that_people_parse() -> None:
+    lines: list[str] = []
+    Trainer(MODEL, dataclasses.replace(CONFIG, max_iters=2), corpus(), log=lines.append).run()
+    import re
+
+    assert [line for line in lines if re.fullmatch(r"step \d+: train loss \d+\.\d{4}, val loss \d+\.\d{4}", line)] == [
+        lines[0],
+        lines[-1],
+    ]
+    iterations = [
+        line for line in lines if re.fullmatch(r"iter \d+: loss \d+\.\d{4}, time \d+\.\d\dms, mfu \d+\.\d\d%", line)
+    ]
+    assert [int(line.split()[1][:-1]) for line in iterations] == [0, 1]
+
+
+def test_a_choice_and_its_reason_for_each_auto() -> None:
+    described = "\n".join(Trainer(MODEL, CONFIG, corpus(), log=lambda _: None).describe())
+    for word in ("precision fp32: ", "attention sdpa: ", "compile off: ", "device cpu", "vocabulary of 5"):
+        assert word in described
+
+
+def test_a_loss_that_is_not_finite_stops_with_its_step(tmp_path: Path) -> None:
+    trainer = Trainer(MODEL, CONFIG, corpus(), out_dir=tmp_path, log=lambda _: None)
+    plain = trainer.batches.next_batch
+
+    def next_batch() -> tuple[torch.Tensor, torch.Tensor]:
+        if trainer.step.iteration == 7:
+            with torch.no_grad():
+                trainer.model.lm_head.weight[0, 0] = math.nan
+        return plain()
+
+    trainer.batches.next_batch = next_batch  # type: ignore[method-assign]
+    with pytest.raises(
+        TrainingError, match=r"the loss is nan at step 7 \(learning rate .*last good checkpoint is .*last, of step 5"
+    ):
+        trainer.run()
+    assert load_checkpoint(tmp_path / "last", with_trainer=True).info["iteration"] == 5
+    assert all(torch.isfinite(tensor).all() for tensor in load_checkpoint(tmp_path / "last").weights.values())
+
+
+def test_out_of_memory_is_one_sentence(tmp_path: Path) -> None:
+    trainer = Trainer(MODEL, CONFIG, corpus(), log=lambda _: None)
+
+    def next_batch() -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.empty(1 << 60), torch.empty(0)
+
+    trainer.batches.next_batch = next_batch  # type: ignore[method-assign]
+    with pytest.raises(TrainingError, match="out of memory at step 0: lower --batch-size"):
+        trainer.run()
+
+
+def test_another_model_or_corpus_is_not_resumed(tmp_path: Path) -> None:
+    train(tmp_path, stop_at=3)
+    other = Trainer(dataclasses.replace(MODEL, n_layer=2), CONFIG, corpus(), out_dir=tmp_path, log=lambda _: None)
+    with pytest.raises(CheckpointError, match="holds another model"):
+        other.resume()
+    longer = Trainer(MODEL, CONFIG, corpus(500), out_dir=tmp_path, log=lambda _: None)
+    with pytest.raises(CheckpointError, match=r"was trained on \[360, 40\].*has \[450, 50\]"):
+        longer.resume()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_signal_ends_at_once(number: signal.Signals) -> None:
+    program = """
+import time
+from fastchargpt.signals import StopSignals
+with StopSignals() as signals:
+    print("ready", flush=True)
+    while True:
+        time.sleep(0.01)
+        if signals.received: print(signals.received.name, flush=True); signals_seen = True; time.sleep(60)
+"""
+    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(number)
+    assert process.stdout.readline() == f"{number.name}\n"
+    process.send_signal(number)
+    assert process.wait(timeout=10) == 128 + number
+
+
+def test_killed_runs_resume_bit_equal(tmp_path: Path) -> None:
+    # SIGKILL at moments nobody chose; a run resumed each time ends as one that was left alone
+    program = """
+import dataclasses, sys
+from pathlib import Path
+import tests_trainer_parts as parts
+out = Path(sys.argv[1])
+trainer = parts.Trainer(parts.MODEL, dataclasses.replace(parts.CONFIG, max_iters=150, eval_interval=3), parts.corpus(), out_dir=out, log=lambda _: None)
+if any((out / name).exists() for name in ("last", "last.new", "last.old")):
+    trainer.resume()
+trainer.run()
+"""
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "path")}
+    (tmp_path / "path").mkdir()
+    (tmp_path / "path" / "tests_trainer_parts.py").write_text(
+        Path(__file__).read_text(encoding="utf-8"), encoding="utf-8"
+    )
+
+    def run(out: Path, kill_after: float | None) -> int:
+        process = subprocess.Popen([sys.executable, "-c", program, str(out)], env=environment)
+        if kill_after is not None:
+            # killed some time after its first checkpoint, so that each life gets somewhere
+            while process.poll() is None and not list(out.glob("last*")):
+                time.sleep(0.005)
+            time.sleep(kill_after)
+            process.kill()
+        return process.wait()
+
+    assert run(tmp_path / "whole", None) == 0
+    random = np.random.default_rng(int(os.environ.get("FASTCHARGPT_SOAK_SEED", "0")))
+    for _ in range(int(os.environ.get("FASTCHARGPT_SOAK_KILLS", "3"))):
+        run(tmp_path / "killed", float(random.random() * 0.5))
+    assert run(tmp_path / "killed", None) == 0
+    whole, killed = (load_checkpoint(tmp_path / name / "last", with_trainer=True) for name in ("whole", "killed"))
+    assert whole.info == killed.info
+    assert all(torch.equal(whole.weights[name], killed.weights[name]) for name in whole.weights)
+    assert whole.trainer_state is not None
+    assert killed.trainer_state is not None
+    assert torch.equal(whole.trainer_state["rng"], killed.trainer_state["rng"])
+
+
+def test_metrics_survive_a_cut_line_and_a_resume(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    metrics = JsonlMetrics(path)
+    for step in range(4):
+        metrics.log({"loss": 4.0 - step}, step=step)
+    with path.open("a") as file:
+        file.write('{"step": 4, "lo')
+    assert [row["loss"] for row in read_metrics(path)] == [4.0, 3.0, 2.0, 1.0]
+    JsonlMetrics(path, resume_step=2).log({"loss": 0.5}, step=3)
+    assert [row["loss"] for row in read_metrics(path)] == [4.0, 3.0, 2.0, 0.5]
+
+
+def test_picture(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    rows = [{"step": s, "loss": 3 / (s + 1), "val_loss": 3.1 / (s + 1)} for s in range(5)]
+    assert plot_losses(rows, tmp_path / "loss.png", title="toy")
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert not plot_losses([], tmp_path / "none.png", title="toy")
+    assert not (tmp_path / "none.png").exists()
