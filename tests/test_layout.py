@@ -40,7 +40,7 @@ STAGES = [
     ["native"],
     ["engines"],
     ["generation"],
-    ["integrations"],
+    ["integrations", "convert"],
     ["finding", "diagnosis", "doctor", "cli"],
 ]
 # A method that nanoGPT's GPT has and ours therefore has too, imported when it is called.
