@@ -26,13 +26,13 @@ def draw_seed(device: torch.device) -> torch.Tensor:
 
 
 def dropout_threshold(dropout_p: float) -> int:
-    """The 32-bit number below which a draw drops: round(p * 2**32), as large as an unsigned 32-bit integer allows."""
-    return min(round(dropout_p * 2**32), 2**32 - 1)
+    """The 31-bit number below which a draw drops: round(p * 2**31), which a signed 32-bit kernel argument holds."""
+    return min(round(dropout_p * 2**31), 2**31 - 1)
 
 
 def keep_probability(dropout_p: float) -> float:
     """The probability with which `dropout_threshold` really keeps: survivors are divided by it, so there is no bias."""
-    return 1.0 - dropout_threshold(dropout_p) / 2**32
+    return 1.0 - dropout_threshold(dropout_p) / 2**31
 
 
 def philox_4x32(
@@ -68,4 +68,4 @@ def keep_mask(
     key = (seed & _LOW, (seed >> 32) & _LOW)
     words = philox_4x32((along(3, 0, groups), along(2, first_row, rows), along(1, 0, heads), along(0, 0, batch)), key)
     draws = torch.stack(words, dim=-1).view(batch, heads, rows, 4 * groups)[..., :columns]
-    return draws >= dropout_threshold(dropout_p)
+    return (draws >> 1) >= dropout_threshold(dropout_p)

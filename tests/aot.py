@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 import triton
+from control_flow import Code, Instruction, innermost_loops
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime import driver
@@ -251,8 +252,8 @@ def _compile(launch: Launch, target: Target) -> Report:
         shared=compiled.metadata.shared,
         tensor_memory=getattr(compiled.metadata, "tmem_size", None) or 0,
         warps=compiled.metadata.num_warps,
-        opcodes=dict(Counter(opcode for opcode, _ in code)),
-        loops=[Loop(dict(Counter(opcode for opcode, _ in code[start:stop]))) for start, stop in _innermost(code)],
+        opcodes=dict(Counter(instruction.opcode for instruction in code)),
+        loops=[Loop(dict(Counter(code[at].opcode for at in body))) for body in innermost_loops(code)],
         half_dots=len(re.findall(r"= tt\.dot .*: tensor<\w*x(?:b?f16)>", ttir)),
         loops_with_dots=loops_with_dots(ttir),
         slow_dots=len(re.findall(r"= tt\.dot .*parent = #blocked", ttgir)),
@@ -262,9 +263,6 @@ def _compile(launch: Launch, target: Target) -> Report:
     )
 
 
-Code = list[tuple[str, int | None]]  # (opcode, index that it branches to)
-
-
 def _read_nvidia(asm: dict[str, Any]) -> SimpleNamespace:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(asm["cubin"])
@@ -272,22 +270,25 @@ def _read_nvidia(asm: dict[str, Any]) -> SimpleNamespace:
         usage = _tool("cuobjdump", "--dump-resource-usage", file.name)
         text = _tool("nvdisasm", "-c", file.name)
     labels: dict[str, int] = {}
-    raw: list[str] = []
+    raw: list[tuple[bool, str]] = []  # (has a predicate, instruction)
     for line in text.splitlines():
         if label := re.match(r"\s*(\.L_x_\d+):", line):
             labels[label[1]] = len(raw)
-        elif instruction := re.match(r"\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?(\S.*?)\s*;", line):
-            raw.append(instruction[1])
+        elif instruction := re.match(r"\s*/\*[0-9a-f]+\*/\s+(@!?U?P\w+\s+)?(\S.*?)\s*;", line):
+            raw.append((bool(instruction[1]), instruction[2]))
     code: Code = []
-    for instruction in raw:
-        branch = re.match(r"BRA\b.*`\((\.L_x_\d+)\)", instruction)
-        code.append((_opcode(instruction), labels[branch[1]] if branch else None))
+    for predicated, instruction in raw:
+        branch = re.match(r"BRA\b(.*)`\((\.L_x_\d+)\)", instruction)
+        ends = re.match(r"(BRA|EXIT|RET)\b", instruction) and not predicated
+        if branch and branch[1].strip():  # BRA.U !UP0 and the like carry their predicate inside
+            ends = False
+        code.append(Instruction(_opcode(instruction), labels[branch[2]] if branch else None, not ends))
     numbers = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     assert numbers, usage
     return SimpleNamespace(
         registers=int(numbers[1]),
         stack=int(numbers[2]),
-        spills=sum(opcode.split(".")[0] in ("LDL", "STL") for opcode, _ in code),
+        spills=sum(instruction.opcode.split(".")[0] in ("LDL", "STL") for instruction in code),
         code=code,
         assembly=asm["ptx"],
     )
@@ -318,7 +319,8 @@ def _read_amd(asm: dict[str, Any]) -> SimpleNamespace:
     code: Code = []
     for instruction in raw:
         branch = re.match(r"s_c?branch\S*\s+(\.LBB\w+)", instruction)
-        code.append((instruction.split()[0], labels.get(branch[1]) if branch else None))
+        ends = instruction.startswith(("s_branch", "s_endpgm"))
+        code.append(Instruction(instruction.split()[0], labels.get(branch[1]) if branch else None, not ends))
 
     def field(name: str) -> int:
         found = re.search(rf"\.{name}:\s+(\d+)", text)
@@ -332,9 +334,3 @@ def _read_amd(asm: dict[str, Any]) -> SimpleNamespace:
         code=code,
         assembly=text,
     )
-
-
-def _innermost(code: Code) -> list[tuple[int, int]]:
-    """Spans of the backward branches that hold no other such span, in program order; waiting in place is no loop."""
-    spans = {(to, at + 1) for at, (_, to) in enumerate(code) if to is not None and to < at - 8}
-    return sorted(a for a in spans if not any(a != b and a[0] <= b[0] and b[1] <= a[1] for b in spans))

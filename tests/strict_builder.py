@@ -61,7 +61,7 @@ class StrictBuilder(interpreter.InterpreterBuilder):
 
     def unary_op(self, arg: TensorHandle, op: Callable[..., np.ndarray]) -> TensorHandle:
         if self.counter and op in (np.exp, np.exp2):
-            self.counter.exponentials += arg.data.size
+            self.counter.current.exponentials += arg.data.size
         if arg.dtype.scalar != tl.bfloat16:
             return super().unary_op(arg, op)
         return TensorHandle(bf16_bits(op(bf16_values(arg))), tl.bfloat16)
@@ -119,7 +119,7 @@ class StrictBuilder(interpreter.InterpreterBuilder):
         active = ptrs.data[np.broadcast_to(mask.data, ptrs.data.shape)]
         self.memory.load(active.ravel(), dtype.itemsize)
         if self.counter:
-            self.counter.loaded += active.size * dtype.itemsize
+            self.counter.current.loaded += active.size * dtype.itemsize
         if other is None and active.size < ptrs.data.size:
             other = TensorHandle(np.full(ptrs.data.shape, _poison(element, dtype), dtype), element)
         return super().create_masked_load(ptrs, mask, other, cache, evict, volatile)
@@ -132,7 +132,7 @@ class StrictBuilder(interpreter.InterpreterBuilder):
         written = np.ascontiguousarray(np.broadcast_to(value.data, ptrs.data.shape)[lanes])
         self.memory.store(active, written.dtype.itemsize)
         if self.counter:
-            self.counter.stored += active.size * written.dtype.itemsize
+            self.counter.current.stored += active.size * written.dtype.itemsize
         super().create_masked_store(ptrs, value, mask, cache, evict)
         everywhere = np.ones(active.shape, bool)
         left = interpreter._interpreter.load(active, everywhere, np.zeros_like(written), written.dtype)

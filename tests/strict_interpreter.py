@@ -36,6 +36,7 @@ from typing import Any
 import numpy as np
 import torch
 import triton
+import triton.compiler.code_generator  # keeps references to parts of tl: must not see it patched when first imported
 import triton.language as tl
 from strict_builder import StrictBuilder
 from strict_memory import (
@@ -139,7 +140,7 @@ def _run(rng: random.Random) -> Callable[..., None]:
         values = {n: v if n in constexprs else _as_argument(v) for n, v in bound.arguments.items()}
         named = [pair for name, value in bound.arguments.items() for pair in _tensors(name, value)]
         if BUILDER.counter:
-            BUILDER.counter.launches += 1
+            BUILDER.counter.start_launch(kernel.__name__)
         BUILDER.memory = memory = LaunchMemory(kernel.__name__, named)
         BUILDER.set_grid_dim(*extent)
         function = _python(kernel)
@@ -150,6 +151,8 @@ def _run(rng: random.Random) -> Callable[..., None]:
                 BUILDER.counter.start_program()
             BUILDER.set_grid_idx(*programs[number])
             function(**values)
+        if BUILDER.counter:
+            BUILDER.counter.current.unique_loaded, BUILDER.counter.current.unique_stored = memory.unique_bytes()
 
     return run
 

@@ -92,6 +92,12 @@ class LaunchMemory:
                 self._race("stores where program", region, units[seen][0], reader[seen][0], "loaded")
             region.writer[units] = self.program
 
+    def unique_bytes(self) -> tuple[int, int]:
+        """Bytes loaded and bytes stored so far, however often."""
+        loaded = sum(int((region.reader != NOBODY).sum()) * region.unit for region in self.regions)
+        stored = sum(int((region.writer != NOBODY).sum()) * region.unit for region in self.regions)
+        return loaded, stored
+
     def _locate(self, addresses: np.ndarray, itemsize: int, what: str) -> Iterator[tuple[_Region, np.ndarray]]:
         """Split addresses by storage, as indices of units; every one must be owned by an argument."""
         if not addresses.size:

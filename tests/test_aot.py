@@ -8,6 +8,7 @@ import torch
 import triton
 import triton.language as tl
 from aot import TARGETS, compile_launch, launch_of, record_launches
+from control_flow import Instruction, innermost_loops
 from gate import problems
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
@@ -260,3 +261,33 @@ def test_the_interpreter_and_the_gate_share_one_process():
         assert torch.equal(x, y)
         launch = launch_of("sm_80", copy_kernel, (2,), x, y, 40, BLOCK=32)
         assert problems(launch, compile_launch(launch, "sm_80")) == []
+
+
+# -- reading machine code
+
+
+def code_of(text):
+    """Instructions from words: "jump:3?" may branch to 3, "jump:3" does, "exit" ends, others are plain."""
+    code = []
+    for word in text.split():
+        opcode, _, target = word.partition(":")
+        ends = opcode == "exit" or (target and not target.endswith("?"))
+        code.append(Instruction(opcode, int(target.rstrip("?")) if target else None, not ends))
+    return code
+
+
+@pytest.mark.parametrize(
+    ("text", "loops"),
+    [
+        ("a b c exit", []),
+        ("a b jump:1? exit", [[1, 2]]),
+        ("a b c jump:2? jump:1? exit", [[2, 3]]),  # the inner one only
+        ("a jump:1? b jump:3? exit", [[1], [3]]),
+        ("a jump:4? b exit c jump:2", []),  # a detour behind the end is no loop
+        ("a jump:5? b jump:0? exit c jump:2", [[0, 1, 2, 3, 5, 6]]),  # and belongs to the loop that it leaves
+        ("a SYNCS jump:1? " + "b " * 12 + "jump:0? exit", [list(range(16))]),  # waiting is part of the loop around it
+        ("a exit jump:2", []),  # never reached
+    ],
+)
+def test_innermost_loops(text, loops):
+    assert innermost_loops(code_of(text)) == loops

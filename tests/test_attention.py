@@ -1,5 +1,9 @@
 """The public attention functions: one signature, honest dispatch, clear refusals, nothing copied."""
 
+import subprocess
+import sys
+import warnings
+
 import pytest
 import torch
 from fastchargpt.kernels import availability
@@ -184,7 +188,8 @@ def test_a_gpu_without_triton_says_so_once(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(availability, "_probe", lambda *_: "Triton is not installed")
     with pytest.warns(UserWarning, match="SDPA, because Triton is not installed"):
         assert availability.triton_problem("cuda", 0, False) == "Triton is not installed"
-    assert availability.triton_problem("cuda", 0, False) == "Triton is not installed"  # a second warning is an error
+    with warnings.catch_warnings(action="error"):
+        assert availability.triton_problem("cuda", 0, False) == "Triton is not installed"
 
 
 def test_explain_says_which_and_why() -> None:
@@ -204,9 +209,6 @@ def test_compiles_without_a_graph_break(backend: str) -> None:
 
 
 def test_the_cpu_needs_no_triton() -> None:
-    import subprocess
-    import sys
-
     code = "import sys, torch, fastchargpt.attention as a; x = torch.ones(1, 1, 2, 8); a.causal_attention(x, x, x); "
     code += "sys.exit('triton' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

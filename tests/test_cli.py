@@ -14,7 +14,17 @@ from fastchargpt.cli import main
 from fastchargpt.metrics import read_metrics
 
 TEXT = "To be, or not to be, that is the question:\nWhether 'tis nobler in the mind to suffer\n" * 40
-TINY = ["--n_layer=1", "--n_head=2", "--n_embd=16", "--block_size=16", "--batch_size=4", "--device=cpu", "--eval_interval=10"]
+TINY = [
+    "--warmup_iters=5",
+    "--learning_rate=1e-2",
+    "--n_layer=1",
+    "--n_head=2",
+    "--n_embd=16",
+    "--block_size=16",
+    "--batch_size=4",
+    "--device=cpu",
+    "--eval_interval=10",
+]
 
 
 @pytest.fixture
@@ -47,7 +57,14 @@ def told(capsys: pytest.CaptureFixture[str], words: list[str]) -> str:
 
 
 def test_train_sample_eval(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert sorted(path.name for path in trained.iterdir()) == [".lock", "best", "last", "loss.png", "metrics.jsonl", "sample.txt"]
+    assert sorted(path.name for path in trained.iterdir()) == [
+        ".lock",
+        "best",
+        "last",
+        "loss.png",
+        "metrics.jsonl",
+        "sample.txt",
+    ]
     rows = read_metrics(trained / "metrics.jsonl")
     val = [row["val_loss"] for row in rows if "val_loss" in row]
     assert val[-1] < val[0] - 0.5
@@ -70,7 +87,9 @@ def test_train_sample_eval(trained: Path, capsys: pytest.CaptureFixture[str]) ->
     assert "bits per character" in capsys.readouterr().out
 
 
-def test_prompt_from_file_and_stdin(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_prompt_from_file_and_stdin(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     import io
 
     (tmp_path / "prompt").write_text("be, or")
@@ -82,12 +101,24 @@ def test_prompt_from_file_and_stdin(trained: Path, tmp_path: Path, monkeypatch: 
 
 
 def test_nanogpts_spellings(text: Path, tmp_path: Path) -> None:
-    words = ["--dropout=0", "--compile=False", "--dtype=float32", "--bias=True", "--decay_lr=False", "--learning_rate=1e-3", "--eval_iters=2"]
+    words = [
+        "--dropout=0",
+        "--compile=False",
+        "--dtype=float32",
+        "--bias=True",
+        "--decay_lr=False",
+        "--learning_rate=1e-3",
+        "--eval_iters=2",
+    ]
     assert train(text, *words, "--out_dir", str(tmp_path / "out")) == 0
     config = json.loads((tmp_path / "out" / "last" / "config.json").read_text())
     assert config["model"]["dropout"] == 0
     assert config["model"]["bias"] is True
-    assert (config["train"]["compile"], config["train"]["precision"], config["train"]["schedule"]) == ("off", "fp32", "constant")
+    assert (config["train"]["compile"], config["train"]["precision"], config["train"]["schedule"]) == (
+        "off",
+        "fp32",
+        "constant",
+    )
 
 
 def test_resume_needs_no_flags(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -136,7 +167,9 @@ def test_mistakes_in_words(capsys: pytest.CaptureFixture[str]) -> None:
     assert "there is no preset 'gpt3' (did you mean 'gpt2'?)" in told(capsys, ["train", "--preset", "gpt3"])
 
 
-def test_mistakes_in_data(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mistakes_in_data(
+    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     out = ["--out-dir", str(tmp_path / "out"), *TINY]
 
     def said(content: bytes | None, name: str = "input.txt") -> str:
@@ -148,7 +181,7 @@ def test_mistakes_in_data(text: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     assert "empty" in said(b"")
     assert "character" in said(b"a")
     assert "UTF-8" in said(b"abc \xff\xfe def" * 50)
-    assert "block_size" in said(b"To be, or not to be")
+    assert "block_size" in said(b"To be, or not")
     (tmp_path / "folder").mkdir()
     assert "train.bin" in said(None, "folder")
     assert "missing.txt" in said(None, "missing.txt")
@@ -162,7 +195,9 @@ def test_mistakes_in_data(text: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     assert not (tmp_path / "out").exists()  # nothing was begun
 
 
-def test_auto_falls_back_to_pydoc_and_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_falls_back_to_pydoc_and_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("FASTCHARGPT_OFFLINE", "1")
     monkeypatch.delenv("FASTCHARGPT_DATA_DIR", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -197,7 +232,12 @@ def test_mistakes_in_sampling(trained: Path, tmp_path: Path, capsys: pytest.Capt
 def test_signals_save_and_exit(text: Path, tmp_path: Path, number: signal.Signals, status: int) -> None:
     out = tmp_path / "out"
     command = [sys.executable, "-m", "fastchargpt", "train", "--data", str(text), *TINY, "--out-dir", str(out)]
-    process = subprocess.Popen([*command, "--max_iters=1000000", "--eval_interval=1000000"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(
+        [*command, "--max_iters=1000000", "--eval_interval=1000000"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and not (out / "last" / "config.json").exists():
         time.sleep(0.05)

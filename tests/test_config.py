@@ -15,7 +15,10 @@ from fastchargpt.presets import PRESETS, preset
     ("fields", "sentence"),
     [
         (dict(n_embd=10, n_head=3), "n_embd must be a multiple of n_head, and 10 is not a multiple of 3"),
-        (dict(n_head=4, n_embd=64, n_kv_head=3), "n_head must be a multiple of n_kv_head, and 4 is not a multiple of 3"),
+        (
+            dict(n_head=4, n_embd=64, n_kv_head=3),
+            "n_head must be a multiple of n_kv_head, and 4 is not a multiple of 3",
+        ),
         (dict(n_layer=0), "n_layer must be at least 1, not 0"),
         (dict(n_layer="4"), "n_layer must be a whole number, not '4'"),
         (dict(n_layer=True), "n_layer must be a whole number, not True"),
@@ -41,7 +44,10 @@ def test_model_rules(fields: dict[str, Any], sentence: str) -> None:
         (dict(learning_rate=-1.0), "learning_rate must not be negative, and it is -1.0"),
         (dict(min_lr=1.0), "min_lr must not exceed learning_rate, and 1.0 is above 0.001"),
         (dict(beta1=1.0), "beta1 must be in [0, 1), not 1.0"),
-        (dict(schedule="cosin"), "schedule must be one of cosine, linear, constant, wsd, not 'cosin' (did you mean 'cosine'?)"),
+        (
+            dict(schedule="cosin"),
+            "schedule must be one of cosine, linear, constant, wsd, not 'cosin' (did you mean 'cosine'?)",
+        ),
         (dict(patience=0), "patience must be at least 1 or None, not 0"),
         (dict(target_val_loss="low"), "target_val_loss must be a finite number, not 'low'"),
     ],
@@ -55,7 +61,9 @@ def test_training_rules(fields: dict[str, Any], sentence: str) -> None:
 def test_unknown_names_suggest_the_nearest() -> None:
     with pytest.raises(ConfigError, match=r"GPTConfig has no field 'n_layers' \(did you mean 'n_layer'\?\)"):
         config_from_dict(GPTConfig, {"n_layers": 3})
-    with pytest.raises(ConfigError, match=r"there is no preset 'shakespear-char' \(did you mean 'shakespeare-char'\?\)"):
+    with pytest.raises(
+        ConfigError, match=r"there is no preset 'shakespear-char' \(did you mean 'shakespeare-char'\?\)"
+    ):
         preset("shakespear-char")
     with pytest.raises(ConfigError, match="family must be one of lecture, nanogpt, modern, not 'modem'"):
         GPTConfig.family("modem")  # type: ignore[arg-type]

@@ -22,7 +22,9 @@ STAGES = [
     ["config", "hardware", "metrics", "plotting", "outdir", "signals", "machine", "timing", "roofline"],
     ["tokens", "presets", "cache"],
     ["bpe", "tokenizers"],
-    ["downloads", "nanogpt_data", "text_files", "corpus"],
+    ["downloads", "text_files"],
+    ["nanogpt_data"],
+    ["corpus"],
     ["batches"],
     ["kernels"],
     ["attention", "parity"],
@@ -32,8 +34,12 @@ STAGES = [
     ["step", "evaluation"],
     ["checkpoint"],
     ["trainer", "loading"],
+    ["knobs", "stopping"],
     ["sampling"],
-    ["generation", "decode"],
+    ["decode"],
+    ["native"],
+    ["engines"],
+    ["generation"],
     ["integrations"],
     ["finding", "diagnosis", "doctor", "cli"],
 ]
@@ -45,7 +51,9 @@ def _stage(module: str) -> int:
     for number, names in enumerate(STAGES):
         if module in names:
             return number
-    raise AssertionError(f"{module} stands in no stage: say in tests/test_layout.py and ARCHITECTURE.md where it belongs")
+    raise AssertionError(
+        f"{module} stands in no stage: say in tests/test_layout.py and ARCHITECTURE.md where it belongs"
+    )
 
 
 def _top(path: Path) -> str:
@@ -56,7 +64,9 @@ def _top(path: Path) -> str:
 
 def _imports(path: Path) -> set[str]:
     """Modules of this package that a file imports, by their first name."""
-    package = ["fastchargpt", "kernels"] if _top(path) == "kernels" else ["fastchargpt", *path.relative_to(SOURCE).parts[:-1]]
+    package = (
+        ["fastchargpt", "kernels"] if _top(path) == "kernels" else ["fastchargpt", *path.relative_to(SOURCE).parts[:-1]]
+    )
     names: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         found: list[str] = []
@@ -70,7 +80,12 @@ def _imports(path: Path) -> set[str]:
     return names - {"__version__"}
 
 
-FILES = [path for folder in (SOURCE, ROOT / "kernels") for path in sorted(folder.rglob("*.py")) if path != SOURCE / "__init__.py"]
+FILES = [
+    path
+    for folder in (SOURCE, ROOT / "kernels")
+    for path in sorted(folder.rglob("*.py"))
+    if path != SOURCE / "__init__.py"
+]
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
@@ -80,7 +95,9 @@ def test_imports_point_backwards(path: Path) -> None:
         return
     for imported in _imports(path):
         if (module, imported) not in FACADES:
-            assert _stage(imported) <= _stage(module), f"{module} must not import {imported}: it comes later in the flow"
+            assert _stage(imported) <= _stage(module), (
+                f"{module} must not import {imported}: it comes later in the flow"
+            )
 
 
 def test_kernels_import_nothing_but_errors() -> None:

@@ -62,7 +62,9 @@ def test_bigram_learns_in_10_000_steps(tokens: np.ndarray) -> None:
     np.add.at(pairs, (tokens[cut:-1], tokens[cut + 1 :]), 1)
     bound = -(pairs * np.log(np.where(pairs, pairs / pairs.sum(1, keepdims=True).clip(1), 1))).sum() / pairs.sum()
     assert found.loss > bound
-    text = CharTokenizer.from_text("".join(map(chr, range(65)))).decode(model.generate(torch.zeros(1, 1, dtype=torch.long), 50)[0])
+    text = CharTokenizer.from_text("".join(map(chr, range(65)))).decode(
+        model.generate(torch.zeros(1, 1, dtype=torch.long), 50)[0]
+    )
     assert len(text) == 51
 
 

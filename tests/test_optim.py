@@ -15,7 +15,10 @@ def test_matrices_decay_and_vectors_do_not() -> None:
     decay, rest = parameter_groups(model, 0.3)
     names = {id(p): name for name, p in model.named_parameters()}
     assert (decay["weight_decay"], rest["weight_decay"]) == (0.3, 0.0)
-    assert {names[id(p)].rsplit(".", 1)[1] for p in rest["params"]} == {"weight", "bias"}  # LayerNorm's weights, and biases
+    assert {names[id(p)].rsplit(".", 1)[1] for p in rest["params"]} == {
+        "weight",
+        "bias",
+    }  # LayerNorm's weights, and biases
     assert all(p.dim() >= 2 for p in decay["params"])
     assert len(decay["params"]) + len(rest["params"]) == len(names)
     model.transformer.wpe.weight.requires_grad_(False)

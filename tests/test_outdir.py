@@ -18,9 +18,8 @@ def test_new_resume_and_overwrite(tmp_path: Path) -> None:
     with claim_out_dir(out, "new"):
         (out / "metrics.jsonl").write_text("x")
         (out / "best").mkdir()
-    with pytest.raises(OutDirError, match="is not empty: go on with --resume, replace it with --overwrite"):
-        with claim_out_dir(out, "new"):
-            pass
+    with pytest.raises(OutDirError, match="is not empty: go on with --resume"), claim_out_dir(out, "new"):
+        pass
     with claim_out_dir(out, "resume"):
         assert (out / "metrics.jsonl").exists()
     with claim_out_dir(out, "overwrite"):
@@ -30,7 +29,10 @@ def test_new_resume_and_overwrite(tmp_path: Path) -> None:
 def test_overwrite_leaves_foreign_files(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text("x")
     (tmp_path / "thesis.tex").write_text("x")
-    with pytest.raises(OutDirError, match=r"holds 'thesis.tex', which no run wrote"), claim_out_dir(tmp_path, "overwrite"):
+    with (
+        pytest.raises(OutDirError, match=r"holds 'thesis.tex', which no run wrote"),
+        claim_out_dir(tmp_path, "overwrite"),
+    ):
         pass
     assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "metrics.jsonl", "thesis.tex"]
 

@@ -31,7 +31,11 @@ def test_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     assert tops == {"fastchargpt", next(top for top in tops if top.endswith(".dist-info"))}
     for expected in ("fastchargpt/py.typed", "fastchargpt/model.py", "fastchargpt/cli/main.py"):
         assert expected in names
-    tracked = {path.relative_to(ROOT / "kernels").as_posix() for path in (ROOT / "kernels").rglob("*") if path.suffix in (".py", ".json", ".cpp")}
+    tracked = {
+        path.relative_to(ROOT / "kernels").as_posix()
+        for path in (ROOT / "kernels").rglob("*")
+        if path.suffix in (".py", ".json", ".cpp")
+    }
     assert {f"fastchargpt/kernels/{name}" for name in tracked} <= set(names)
 
 
@@ -40,7 +44,11 @@ def test_wheel_in_a_fresh_environment(wheel: Path, tmp_path: Path) -> None:
     venv.create(tmp_path / "env", with_pip=False)
     python = tmp_path / "env" / ("Scripts" if os.name == "nt" else "bin") / "python"
     packages = json.loads(
-        subprocess.run([python, "-c", "import json, site; print(json.dumps(site.getsitepackages()[0]))"], check=True, capture_output=True).stdout
+        subprocess.run(
+            [python, "-c", "import json, site; print(json.dumps(site.getsitepackages()[0]))"],
+            check=True,
+            capture_output=True,
+        ).stdout
     )
     subprocess.run(
         [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", packages, str(wheel)], check=True
@@ -60,7 +68,9 @@ print(model.generate(torch.zeros(1, 1, dtype=torch.long), 3).shape)
     done = subprocess.run([python, "-c", program], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "torch.Size([1, 4])" in done.stdout
-    done = subprocess.run([python, "-m", "fastchargpt", "--version"], cwd=tmp_path, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [python, "-m", "fastchargpt", "--version"], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
     assert done.stdout.startswith("fastchargpt ")
 
 
@@ -71,6 +81,14 @@ def test_kernels_refuse_to_be_a_top_level_package() -> None:
 
 def test_import_costs_little_more_than_torch() -> None:
     # counted in modules, not in seconds: what the import adds to torch's own thousands
-    program = "import sys, torch; before = len(sys.modules); import fastchargpt; fastchargpt.GPT; print(len(sys.modules) - before, before)"
-    added, before = map(int, subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True).stdout.split())
+    program = """
+import sys, torch
+before = len(sys.modules)
+import fastchargpt
+fastchargpt.GPT
+print(len(sys.modules) - before, before)
+"""
+    added, before = map(
+        int, subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True).stdout.split()
+    )
     assert added < 0.1 * before

@@ -50,7 +50,9 @@ def plain_losses(model: GPT, data: list[tuple[torch.Tensor, torch.Tensor]], clip
 def test_equals_a_plain_loop(clip: float, parts: int) -> None:
     data = batches(20)
     expected = plain_losses(fresh(), data, clip, 1e-2)
-    step = make_train_step(fresh(), learning_rate=1e-2, grad_clip=clip, gradient_accumulation_steps=parts, precision="fp32")
+    step = make_train_step(
+        fresh(), learning_rate=1e-2, grad_clip=clip, gradient_accumulation_steps=parts, precision="fp32"
+    )
     found = [step(x, y).item() for x, y in data]
     assert found == pytest.approx(expected, abs=2e-5)
     if parts == 1:  # and a rate that is a tenth too high would show
@@ -139,7 +141,9 @@ def test_auto_precision_follows_the_device(monkeypatch: pytest.MonkeyPatch) -> N
 def test_auto_compile_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu = torch.device("cpu")
     assert not choose_compile("auto", cpu, 100).on
-    assert "earn" in choose_compile("auto", cpu, 10**9).reason or "compiler" in choose_compile("auto", cpu, 10**9).reason
+    assert (
+        "earn" in choose_compile("auto", cpu, 10**9).reason or "compiler" in choose_compile("auto", cpu, 10**9).reason
+    )
     monkeypatch.setattr("shutil.which", lambda name: None)
     lacking = choose_compile("auto", cpu, 10**9)
     assert not lacking.on

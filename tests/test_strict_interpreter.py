@@ -206,6 +206,7 @@ def test_same_kernel_object_compiles_outside_the_scope():
         JITFunction.__call__,
         triton.jit,
     )
+    assert triton.compiler.code_generator.CodeGenerator.builtin_namespace["min"] is tl.core.builtin_min
     assert not triton.knobs.runtime.interpret
     source = triton.compiler.ASTSource(
         softmax_kernel, {"x_ptr": "*fp32", "y_ptr": "*fp32", "n": "i32", "BLOCK": "constexpr"}, {"BLOCK": 32}
@@ -370,12 +371,14 @@ def test_the_counter_counts_trips_products_bytes_and_exponentials():
     x, y = torch.zeros(16, 16), torch.empty(4, 16, 16)
     with strict_interpreter(counter=WorkCounter()) as counter:
         triangle_kernel[(4,)](x, y, 4, BLOCK=16)
-    assert (counter.launches, counter.programs) == (1, 4)
-    assert counter.products == {(16, 16, 16): 0 + 1 + 2 + 3 + 4 * 3}
-    assert counter.multiply_adds == 18 * 16**3
-    assert (counter.loaded, counter.stored) == (6 * 2 * 1024, 4 * 1024)
-    assert counter.exponentials == 4 * 2 * 3 * 256
-    assert [(loop.trips, loop.products) for loop in counter.loops] == [(6, 6), (4, 4), (4, 4)]
+    (work,) = counter.launches
+    assert (work.kernel, work.programs) == ("triangle_kernel", 4)
+    assert work.products == {(16, 16, 16): 0 + 1 + 2 + 3 + 4 * 3}
+    assert work.multiply_adds == 18 * 16**3
+    assert (work.loaded, work.stored) == (6 * 2 * 1024, 4 * 1024)
+    assert (work.unique_loaded, work.unique_stored) == (1024, 4 * 1024)
+    assert work.exponentials == 4 * 2 * 3 * 256
+    assert [(loop.trips, loop.products) for loop in work.loops] == [(6, 6), (4, 4), (4, 4)]
 
 
 # -- memory equipment

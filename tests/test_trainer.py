@@ -30,7 +30,14 @@ from fastchargpt.trainer import Trainer
 FP32 = Precision(name="fp32", reason="test")
 MODEL = GPTConfig(n_layer=1, n_head=2, n_embd=16, block_size=8, vocab_size=5, dropout=0.1)
 CONFIG = TrainConfig(
-    batch_size=4, max_iters=20, eval_interval=5, log_interval=1, warmup_iters=3, learning_rate=1e-2, device="cpu", seed=7
+    batch_size=4,
+    max_iters=20,
+    eval_interval=5,
+    log_interval=1,
+    warmup_iters=3,
+    learning_rate=1e-2,
+    device="cpu",
+    seed=7,
 )
 
 
@@ -57,7 +64,9 @@ class Recorder:
         self.rows.append((step, {name: value for name, value in metrics.items() if name in ("loss", "val_loss", "lr")}))
 
 
-def train(out_dir: Path | None = None, *, stop_at: int | None = None, resume: bool = False, **fields: Any) -> tuple[Trainer, Recorder]:
+def train(
+    out_dir: Path | None = None, *, stop_at: int | None = None, resume: bool = False, **fields: Any
+) -> tuple[Trainer, Recorder]:
     """Run, or begin and be interrupted before step `stop_at`, or go on."""
     recorder = Recorder()
     trainer = Trainer(
@@ -136,7 +145,11 @@ def test_target_and_patience_stop_early() -> None:
     recorder = Recorder()
     fields = dict(max_iters=1000, eval_interval=10)
     target = Trainer(
-        MODEL, dataclasses.replace(CONFIG, target_val_loss=1.2, **fields), corpus(), loggers=[recorder], log=lambda _: None
+        MODEL,
+        dataclasses.replace(CONFIG, target_val_loss=1.2, **fields),
+        corpus(),
+        loggers=[recorder],
+        log=lambda _: None,
     ).run()
     assert target.stopped == "target"
     assert target.val_loss <= 1.2
@@ -151,8 +164,13 @@ def test_lines_that_people_parse() -> None:
     Trainer(MODEL, dataclasses.replace(CONFIG, max_iters=2), corpus(), log=lines.append).run()
     import re
 
-    assert [line for line in lines if re.fullmatch(r"step \d+: train loss \d+\.\d{4}, val loss \d+\.\d{4}", line)] == [lines[0], lines[-1]]
-    iterations = [line for line in lines if re.fullmatch(r"iter \d+: loss \d+\.\d{4}, time \d+\.\d\dms, mfu \d+\.\d\d%", line)]
+    assert [line for line in lines if re.fullmatch(r"step \d+: train loss \d+\.\d{4}, val loss \d+\.\d{4}", line)] == [
+        lines[0],
+        lines[-1],
+    ]
+    iterations = [
+        line for line in lines if re.fullmatch(r"iter \d+: loss \d+\.\d{4}, time \d+\.\d\dms, mfu \d+\.\d\d%", line)
+    ]
     assert [int(line.split()[1][:-1]) for line in iterations] == [0, 1]
 
 
@@ -173,7 +191,9 @@ def test_a_loss_that_is_not_finite_stops_with_its_step(tmp_path: Path) -> None:
         return plain()
 
     trainer.batches.next_batch = next_batch  # type: ignore[method-assign]
-    with pytest.raises(TrainingError, match=r"the loss is nan at step 7 \(learning rate .*last good checkpoint is .*last, of step 5"):
+    with pytest.raises(
+        TrainingError, match=r"the loss is nan at step 7 \(learning rate .*last good checkpoint is .*last, of step 5"
+    ):
         trainer.run()
     assert load_checkpoint(tmp_path / "last", with_trainer=True).info["iteration"] == 5
     assert all(torch.isfinite(tensor).all() for tensor in load_checkpoint(tmp_path / "last").weights.values())
@@ -227,14 +247,17 @@ import dataclasses, sys
 from pathlib import Path
 import tests_trainer_parts as parts
 out = Path(sys.argv[1])
-trainer = parts.Trainer(parts.MODEL, dataclasses.replace(parts.CONFIG, max_iters=150, eval_interval=3), parts.corpus(), out_dir=out, log=lambda _: None)
+config = dataclasses.replace(parts.CONFIG, max_iters=150, eval_interval=3)
+trainer = parts.Trainer(parts.MODEL, config, parts.corpus(), out_dir=out, log=lambda _: None)
 if any((out / name).exists() for name in ("last", "last.new", "last.old")):
     trainer.resume()
 trainer.run()
 """
     environment = {**os.environ, "PYTHONPATH": str(tmp_path / "path")}
     (tmp_path / "path").mkdir()
-    (tmp_path / "path" / "tests_trainer_parts.py").write_text(Path(__file__).read_text(encoding="utf-8"), encoding="utf-8")
+    (tmp_path / "path" / "tests_trainer_parts.py").write_text(
+        Path(__file__).read_text(encoding="utf-8"), encoding="utf-8"
+    )
 
     def run(out: Path, kill_after: float | None) -> int:
         process = subprocess.Popen([sys.executable, "-c", program, str(out)], env=environment)

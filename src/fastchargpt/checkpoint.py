@@ -1,7 +1,7 @@
 """Checkpoints that survive a kill at any moment, notice damage, and never run code.
 
-A checkpoint is a folder: model.safetensors (weights), tokenizer.json, trainer.pt (optimiser and random state; only where
-training can go on) and config.json, which is written last and holds the SHA-256 of the others and of itself.
+A checkpoint is a folder: model.safetensors (weights), tokenizer.json, trainer.pt (optimiser and random state; only
+where training can go on) and config.json, which is written last and holds the SHA-256 of the others and of itself.
 
 A save writes a sibling folder `NAME.new`, syncs it, moves the old `NAME` to `NAME.old`, moves the new one in place and
 removes the old. Whatever moment a save is cut off at, one of the three is whole, and `load_checkpoint` finds it.
@@ -94,7 +94,9 @@ def save_checkpoint(folder: str | os.PathLike[str], checkpoint: Checkpoint) -> N
     except (OSError, RuntimeError, SafetensorError) as error:
         # torch reports a failed write as a RuntimeError, safetensors as an error of its own
         shutil.rmtree(new, ignore_errors=True)
-        raise OutDirError(f"the checkpoint {folder} could not be written ({_reason(error)}); the one before is untouched") from error
+        raise OutDirError(
+            f"the checkpoint {folder} could not be written ({_reason(error)}); the one before is untouched"
+        ) from error
 
 
 def load_checkpoint(
@@ -117,7 +119,9 @@ def load_checkpoint(
     content = _read_config(folder / CONFIG)
     for name, sha256 in content["files"].items():
         if name not in (WEIGHTS, TOKENIZER, TRAINER):
-            raise CheckpointError(f"{folder / CONFIG} lists a file {name!r} that no checkpoint has: it is foreign or damaged")
+            raise CheckpointError(
+                f"{folder / CONFIG} lists a file {name!r} that no checkpoint has: it is foreign or damaged"
+            )
         if name != TRAINER or with_trainer:
             _verify(folder / name, sha256)
     try:
@@ -141,8 +145,8 @@ def load_checkpoint(
             trainer_state = torch.load(folder / TRAINER, map_location="cpu", weights_only=True)
         except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError):
             raise CheckpointError(
-                f"{folder / TRAINER} holds more than tensors and plain values, so it was not written by fastchargpt and "
-                "is not read"
+                f"{folder / TRAINER} holds more than tensors and plain values, so fastchargpt did not write it "
+                "and does not read it"
             ) from None
     return Checkpoint(
         model_config=model_config,
@@ -188,9 +192,13 @@ def _find(folder: Path) -> Path:
     if not folder.exists():
         raise CheckpointError(f"there is no checkpoint at {folder}: the folder does not exist")
     if folder.is_file():
-        raise CheckpointError(f"{folder} is a file, and a checkpoint is a folder: `fastchargpt convert` reads other formats")
+        raise CheckpointError(
+            f"{folder} is a file, and a checkpoint is a folder: `fastchargpt convert` reads other formats"
+        )
     if (folder / "ckpt.pt").is_file():
-        raise CheckpointError(f"{folder} holds a nanoGPT checkpoint: bring it in with `fastchargpt convert {folder} NEW_FOLDER`")
+        raise CheckpointError(
+            f"{folder} holds a nanoGPT checkpoint: bring it in with `fastchargpt convert {folder} NEW_FOLDER`"
+        )
     raise CheckpointError(f"{folder} holds no checkpoint: there is no {CONFIG} in it, nor in best/ or last/ under it")
 
 
@@ -205,13 +213,15 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} was not written by fastchargpt: `fastchargpt convert` reads other formats")
     if content.get("version") != VERSION:
         raise CheckpointError(
-            f"{path} is of checkpoint version {content.get('version')!r}, and this fastchargpt reads version {VERSION}: "
-            "use the fastchargpt that wrote it"
+            f"{path} is of checkpoint version {content.get('version')!r}, and this fastchargpt reads version {VERSION}"
+            ": use the fastchargpt that wrote it"
         )
     sha256 = content.pop("sha256", None)
-    parts = {"files": dict, "info": dict, "model": dict, "train": (dict, type(None))}
+    parts: dict[str, Any] = {"files": dict, "info": dict, "model": dict, "train": (dict, type(None))}
     if sha256 != _digest(content) or any(not isinstance(content.get(name), kind) for name, kind in parts.items()):
-        raise CheckpointError(f"{path} does not match its own checksum: the checkpoint is damaged, or was edited by hand")
+        raise CheckpointError(
+            f"{path} does not match its own checksum: the checkpoint is damaged, or was edited by hand"
+        )
     return content
 
 

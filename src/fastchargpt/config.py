@@ -1,13 +1,13 @@
 """What a model is made of (`GPTConfig`) and how it is trained (`TrainConfig`): frozen, checked, nanoGPT's names.
 
-Both are plain dataclasses: the command line is generated from them, and checkpoints store them as JSON. The comment above
-a field is its help text.
+Both are plain dataclasses: the command line is generated from them, and checkpoints store them as JSON. The comment
+above a field is its help text.
 """
 
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Any, Literal, Self, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from fastchargpt.errors import ConfigError, nearest
 
@@ -26,7 +26,7 @@ def _check(condition: bool, sentence: str) -> None:
 
 
 def _check_types(config: Any) -> None:
-    """Refuse a value whose type is not the field's, which a typo in a JSON file or a call would otherwise carry along."""
+    """Refuse a value whose type is not the field's, which a typo in a JSON file would otherwise carry along."""
     hints = get_type_hints(type(config))
     for field in dataclasses.fields(config):
         value, hint = getattr(config, field.name), hints[field.name]
@@ -36,7 +36,9 @@ def _check_types(config: Any) -> None:
             continue
         if choices and float not in allowed and int not in allowed:
             known = ", ".join(map(str, choices))
-            _check(value in choices, f"{field.name} must be one of {known}, not {value!r}{nearest(str(value), choices)}")
+            _check(
+                value in choices, f"{field.name} must be one of {known}, not {value!r}{nearest(str(value), choices)}"
+            )
         elif bool in allowed:
             _check(isinstance(value, bool), f"{field.name} must be True or False, not {value!r}")
         elif float in allowed:
@@ -131,8 +133,8 @@ class GPTConfig:
             not (self.tie_weights and self.head_bias), "head_bias=True needs tie_weights=False: a tied head has no bias"
         )
 
-    @classmethod
-    def family(cls, name: Family, **fields: Any) -> Self:
+    @staticmethod
+    def family(name: Family, **fields: Any) -> "GPTConfig":
         """The config of a family, with any field replaced.
 
         Raises:
@@ -142,7 +144,7 @@ class GPTConfig:
             raise ConfigError(
                 f"the model family must be one of {', '.join(FAMILIES)}, not {name!r}{nearest(name, FAMILIES)}"
             )
-        return config_from_dict(cls, {**FAMILIES[name], **fields})
+        return config_from_dict(GPTConfig, {**FAMILIES[name], **fields})
 
     @property
     def head_dim(self) -> int:
@@ -241,7 +243,9 @@ class TrainConfig:
             _check(getattr(self, name) >= 0, f"{name} must not be negative, and it is {getattr(self, name)}")
         for name in ("beta1", "beta2"):
             _check(0.0 <= getattr(self, name) < 1.0, f"{name} must be in [0, 1), not {getattr(self, name)}")
-        _check(0.0 < self.cooldown_fraction <= 1.0, f"cooldown_fraction must be in (0, 1], not {self.cooldown_fraction}")
+        _check(
+            0.0 < self.cooldown_fraction <= 1.0, f"cooldown_fraction must be in (0, 1], not {self.cooldown_fraction}"
+        )
         _check(
             self.lr_decay_iters is None or self.lr_decay_iters >= 1,
             f"lr_decay_iters must be at least 1 or None, not {self.lr_decay_iters}",

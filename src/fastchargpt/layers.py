@@ -1,7 +1,9 @@
 """The parts of a transformer block, each one switch of `GPTConfig` away from nanoGPT's.
 
-Shapes in names: B batch, T sequence, C channels (n_embd), H heads, D channels per head, P packed channels of q, k and v.
+Shapes in names: B batch, T sequence, C channels (n_embd), H heads, D channels per head, P packed channels of q, k, v.
 """
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -115,7 +117,7 @@ def _relu2(x: Tensor) -> Tensor:
     return F.relu(x).square()
 
 
-ACTIVATIONS = {"gelu": F.gelu, "relu": F.relu, "relu2": _relu2}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "relu": F.relu, "relu2": _relu2}
 
 
 class MLP(nn.Module):

@@ -35,7 +35,9 @@ def plot_losses(rows: Sequence[dict[str, float]], path: Path, *, title: str) -> 
     axes = figure.add_subplot()
     if train:
         axes.plot(*zip(*train, strict=True), color=TRAIN, linewidth=1, label="train, one batch")
-    axes.plot(*zip(*val, strict=True), color=VAL, linewidth=2, marker="o", markersize=4, label="validation, whole split")
+    axes.plot(
+        *zip(*val, strict=True), color=VAL, linewidth=2, marker="o", markersize=4, label="validation, whole split"
+    )
     _annotate_best(axes, val)
     axes.set_title(title, loc="left", color=INK, fontsize=11, fontweight="bold")
     axes.set_xlabel("step", color=INK)

@@ -64,11 +64,17 @@ def choose_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         known = ("auto", "cpu", "cuda", "cuda:0", "mps")
-        raise ConfigError(f"device must be auto, cpu, cuda, cuda:N or mps, not {name!r}{nearest(name, known)}") from None
+        raise ConfigError(
+            f"device must be auto, cpu, cuda, cuda:N or mps, not {name!r}{nearest(name, known)}"
+        ) from None
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise BackendUnavailableError("device cuda is not available here: use --device=cpu, or install a CUDA build of torch")
+        raise BackendUnavailableError(
+            "device cuda is not available here: use --device=cpu, or install a CUDA build of torch"
+        )
     if device.type == "cuda" and device.index is not None and device.index >= torch.cuda.device_count():
-        raise BackendUnavailableError(f"device {name} is not there: this machine has {torch.cuda.device_count()} GPU(s)")
+        raise BackendUnavailableError(
+            f"device {name} is not there: this machine has {torch.cuda.device_count()} GPU(s)"
+        )
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise BackendUnavailableError("device mps is not available here: use --device=cpu")
     if device.type not in ("cpu", "cuda", "mps", "xpu"):
@@ -92,7 +98,9 @@ def choose_precision(name: str, device: torch.device) -> Precision:
                 "use --precision=fp16"
             )
     elif name == "tf32":
-        raise BackendUnavailableError(f"precision tf32 exists on NVIDIA GPUs only, not on {device.type}: use --precision=fp32")
+        raise BackendUnavailableError(
+            f"precision tf32 exists on NVIDIA GPUs only, not on {device.type}: use --precision=fp32"
+        )
     elif name == "fp16" and device.type == "cpu":
         raise BackendUnavailableError("precision fp16 is slow and unsafe on a CPU: use --precision=fp32 or bf16")
     if name not in ("fp32", "tf32", "bf16", "fp16"):

@@ -10,7 +10,7 @@ __all__ = ["StopSignals"]
 
 
 class StopSignals:
-    """Inside its `with` block the first SIGINT or SIGTERM is noted in `received`; a second one ends the process at once.
+    """Inside its `with` block the first SIGINT or SIGTERM is noted in `received`; a second ends the process at once.
 
     Outside the main thread, where Python allows no handlers, it notes nothing.
     """
@@ -25,7 +25,9 @@ class StopSignals:
                 self._before[number] = signal.signal(number, self._note)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
 

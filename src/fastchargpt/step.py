@@ -16,9 +16,9 @@ from fastchargpt.precision import Precision, choose_precision
 
 __all__ = ["CompileChoice", "TrainStep", "choose_compile", "make_train_step"]
 
-# What compiling costs and gains, measured on two CPU cores (bench/README.md): a cold compile takes about half a minute
-# and saves about a twentieth of a 25 ms step. On a GPU a cold compile costs about a minute and a step gets about half as
-# long; the figure there is nanoGPT's own (README, "efficiency notes"), not ours.
+# What compiling costs and gains. On two CPU cores a cold compile takes about half a minute and saves about a twentieth
+# of a 25 ms step. On a GPU, by nanoGPT's own account (its README, "efficiency notes"), it takes about a minute and
+# halves a 250 ms step; nothing of ours has been measured there yet.
 CPU_ITERATIONS_TO_EARN = 25_000
 GPU_ITERATIONS_TO_EARN = 500
 
@@ -52,7 +52,9 @@ def choose_compile(mode: Literal["auto", "on", "off"], device: torch.device, ite
         return CompileChoice(on=False, reason=missing)
     needed = GPU_ITERATIONS_TO_EARN if device.type == "cuda" else CPU_ITERATIONS_TO_EARN
     if iterations < needed:
-        return CompileChoice(on=False, reason=f"compiling pays from about {needed} steps on here, and this run has {iterations}")
+        return CompileChoice(
+            on=False, reason=f"compiling pays from about {needed} steps on here, and this run has {iterations}"
+        )
     return CompileChoice(on=True, reason=f"a run of {iterations} steps earns the compile time back")
 
 
@@ -66,7 +68,9 @@ def _missing_compiler(device: torch.device) -> str | None:
         return None
     if device.type != "cpu":
         return f"torch.compile is not used on {device.type}"
-    names = [os.environ["CXX"]] if "CXX" in os.environ else ["cl"] if sys.platform == "win32" else ["g++", "clang++", "c++"]
+    names = (
+        [os.environ["CXX"]] if "CXX" in os.environ else ["cl"] if sys.platform == "win32" else ["g++", "clang++", "c++"]
+    )
     if not any(shutil.which(name) for name in names):
         return "torch.compile needs a C++ compiler, and there is none on the path"
     return None

@@ -84,7 +84,10 @@ class Trainer:
         torch.manual_seed(config.seed)
         self.model = GPT(model_config).to(self.device)
         self.model.set_attention(config.attention)
-        self._train_tokens, self._val_tokens = place_tokens(corpus.train, self.device), place_tokens(corpus.val, self.device)
+        self._train_tokens, self._val_tokens = (
+            place_tokens(corpus.train, self.device),
+            place_tokens(corpus.val, self.device),
+        )
         self.batches = TokenBatches(
             self._train_tokens,
             batch_size=config.batch_size * config.gradient_accumulation_steps,
@@ -114,14 +117,16 @@ class Trainer:
         """The choices of this run and their reasons, a line each."""
         model, config = self.model.config, self.config
         tokens_per_step = self.batches.batch_size * model.block_size
-        q = torch.empty(1, model.n_head, model.block_size, model.head_dim, device=self.device, dtype=self.precision.dtype)
+        q = torch.empty(
+            1, model.n_head, model.block_size, model.head_dim, device=self.device, dtype=self.precision.dtype
+        )
         kv = q[:, : model.kv_heads]
         attention = explain_attention(q, kv, kv, dropout_p=model.dropout, backend=config.attention)
         return [
             f"corpus: {self.corpus.name}, {len(self.corpus.train):,} training and {len(self.corpus.val):,} validation "
             f"tokens, vocabulary of {self.corpus.vocab_size}",
-            f"model: {self.model.get_num_params() / 1e6:.2f}M parameters, {model.n_layer} layers x {model.n_head} heads x "
-            f"{model.n_embd} channels, context {model.block_size}",
+            f"model: {self.model.get_num_params() / 1e6:.2f}M parameters, {model.n_layer} layers "
+            f"x {model.n_head} heads x {model.n_embd} channels, context {model.block_size}",
             f"step: {self.batches.batch_size} sequences, {tokens_per_step:,} tokens; {config.max_iters:,} steps are "
             f"{config.max_iters * tokens_per_step / max(1, len(self.corpus.train)):.1f} passes over the training split",
             f"device {self.device}; precision {self.precision.name}: {self.precision.reason}",
@@ -179,7 +184,12 @@ class Trainer:
         mfu = self.model.estimate_mfu(batch_size, seconds, self.precision.dtype)
         tokens_per_second = batch_size * self.model.config.block_size / seconds
         self._write(f"iter {iteration}: loss {loss:.4f}, time {seconds * 1000:.2f}ms, mfu {mfu * 100:.2f}%")
-        figures = {"loss": loss, "lr": step.learning_rate, "step_ms": seconds * 1000, "tokens_per_second": tokens_per_second}
+        figures = {
+            "loss": loss,
+            "lr": step.learning_rate,
+            "step_ms": seconds * 1000,
+            "tokens_per_second": tokens_per_second,
+        }
         if math.isfinite(mfu):
             figures["mfu"] = mfu
         if step.grad_norm is not None:
@@ -239,7 +249,8 @@ class Trainer:
         if self.out_dir is not None and self._evaluated_at >= 0:
             saved = f"the last good checkpoint is {self.out_dir / 'last'}, of step {self._evaluated_at}"
         return (
-            f"{what} is {value} at step {iteration} (learning rate {learning_rate_at(iteration, self.config):.3g}{norm}): "
+            f"{what} is {value} at step {iteration} "
+            f"(learning rate {learning_rate_at(iteration, self.config):.3g}{norm}): "
             f"lower --learning-rate or --grad-clip; {saved}"
         )
 
@@ -290,12 +301,14 @@ class Trainer:
         folder = self.out_dir / "last"
         checkpoint = load_checkpoint(folder, device=self.device, with_trainer=True)
         if checkpoint.model_config != self.model.config:
-            raise CheckpointError(f"{folder} holds another model than the one asked for: resume with the flags it began with")
+            raise CheckpointError(
+                f"{folder} holds another model than the one asked for: resume with the flags it began with"
+            )
         sizes = [len(self.corpus.train), len(self.corpus.val)]
         if checkpoint.info.get("corpus_tokens") != sizes:
             raise CheckpointError(
-                f"{folder} was trained on {checkpoint.info.get('corpus_tokens')} training and validation tokens, and the "
-                f"corpus {self.corpus.name} has {sizes}: resume with the --data it began with"
+                f"{folder} was trained on {checkpoint.info.get('corpus_tokens')} training and validation tokens, and "
+                f"the corpus {self.corpus.name} has {sizes}: resume with the --data it began with"
             )
         self.model.load_state_dict(checkpoint.weights)
         state = checkpoint.trainer_state
@@ -327,7 +340,9 @@ class Trainer:
             return
         from tqdm import tqdm
 
-        with tqdm(total=self.config.max_iters, initial=self.step.iteration, unit="step", dynamic_ncols=True) as self._bar:
+        with tqdm(
+            total=self.config.max_iters, initial=self.step.iteration, unit="step", dynamic_ncols=True
+        ) as self._bar:
             try:
                 yield
             finally:
@@ -343,8 +358,8 @@ class Trainer:
             if isinstance(error, RuntimeError) and not _is_out_of_memory(error):
                 raise
             raise TrainingError(
-                f"out of memory at step {self.step.iteration}: lower --batch-size (and raise --gradient-accumulation-steps "
-                "to keep the step), --block-size or the model's size"
+                f"out of memory at step {self.step.iteration}: lower --batch-size (and raise "
+                "--gradient-accumulation-steps to keep the step), --block-size or the model's size"
             ) from None
 
 

@@ -85,19 +85,20 @@ def _ours(word: str) -> str:
 
 
 def _sentence(box: str) -> str:
-    """The message in a box that tyro drew, on one line."""
+    """The message in a box that tyro drew, with Unicode's lines or ASCII's, on one line."""
+    lines = [line.strip("│╭╮╰╯ ") for line in re.sub(r"\x1b\[[0-9;]*m", "", box).splitlines()]
     sections: list[list[str]] = [[]]
-    for line in re.sub(r"\x1b\[[0-9;]*m", "", box).splitlines():
-        text = line.strip("│╭╮╰╯ ")
-        if re.fullmatch(r"─+", text):
+    for line in lines[1:]:  # the first is the box's title
+        if re.fullmatch(r"[─-]+", line):
             sections.append([])
-        elif text and not text.startswith("─"):
-            sections[-1].append(text)
+        elif line:
+            sections[-1].append(line)
+    sections = [section for section in sections if section] or [["the options cannot be read"]]
     sentence = " ".join(sections[0]).rstrip(".")
     # our own rules name the field; tyro adds which dataclass it was in
-    sentence = re.sub(r"^Error parsing [a-z]+: ", "", sentence)
+    sentence = re.sub(r"^Error parsing \w+: ", "", sentence)
     sentence = sentence[:1].lower() + sentence[1:]
     for section in sections[1:]:
-        if section and section[0].startswith("Perhaps you meant") and len(section) > 1:
+        if section[0].startswith("Perhaps you meant") and len(section) > 1:
             sentence += f" (did you mean {section[1].split()[0].rstrip(',')}?)"
     return sentence

@@ -55,7 +55,9 @@ def run(argv: Sequence[str]) -> int:
         raise ConfigError("--logprobs is written with --json only: add --json, or leave --logprobs out")
     model, tokenizer = load(command.folder, device=choose_device(options.device))
     if tokenizer is None:
-        raise CheckpointError(f"{command.folder} has no tokenizer, so its tokens cannot be written as text: name one that has")
+        raise CheckpointError(
+            f"{command.folder} has no tokenizer, so its tokens cannot be written as text: name one that has"
+        )
     prompt = _read_prompt(options)
     if options.json:
         for generation in generate(model, tokenizer, prompt, config):

@@ -1,0 +1,217 @@
+"""The static speed report: every figure is an ESTIMATE from machine code and byte counts; nothing runs on a GPU.
+
+    python bench/static_report.py            # prints tables in Markdown, writes bench/results/static.csv
+    python bench/static_report.py sm_90 --head-dim 64
+
+For each target and shape: the bound of the package's own kernels, and beside its backward the textbook's (three launches:
+delta, dK and dV, dQ), written and judged in the same way, with the best of its own block sizes. Shapes keep the work of
+a training step: width 384 (heads = 384 / head_dim) and 16,384 tokens (batch = 16,384 / T).
+
+How a row comes about: record_launches() notes what the package's host code would launch on the target, compile_launch()
+makes the machine code, the interpreter counts loop trips, products and bytes for one head, cost_model.py puts them
+together. Every launch is taken to find the L2 cache cold, which is right for the sizes here (88 MB and more for a
+backward) and unfair to kernels that follow one another closely on small ones.
+"""
+
+import argparse
+import csv
+import functools
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parent / "tests")]  # run as a script: the gate's equipment lives with the tests
+
+from aot import compile_launch, record_launches  # noqa: E402
+from cost_model import LAUNCH_SECONDS, Estimate, estimate  # noqa: E402
+from gate import problems  # noqa: E402
+from peaks import PEAKS  # noqa: E402
+from strict_interpreter import strict_interpreter  # noqa: E402
+from textbook_backward import textbook_backward  # noqa: E402
+from work_counter import LaunchWork, WorkCounter  # noqa: E402
+
+__all__ = ["COLUMNS", "Row", "rows", "to_markdown"]
+
+SEQUENCES = (64, 128, 256, 512, 1024)
+HEAD_DIMS = (32, 64, 128)
+WIDTH, TOKENS = 384, 16384
+# Block sizes (owned, walked over), warps, stages that the textbook may choose from.
+TEXTBOOK = ((64, 32, 4, 2), (64, 64, 4, 2), (128, 64, 8, 2), (32, 32, 4, 2), (64, 32, 4, 1), (32, 32, 4, 1))
+
+
+class Tensors(NamedTuple):
+    """What the backward of one shape needs, on the meta device (to record launches) or a CPU (to count work)."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    out: torch.Tensor
+    lse: torch.Tensor
+    dout: torch.Tensor
+
+
+def tensors(batch: int, heads: int, n_ctx: int, head_dim: int, device: str) -> Tensors:
+    q, k, v, out, dout = (
+        torch.zeros(batch, heads, n_ctx, head_dim, dtype=torch.bfloat16, device=device) for _ in range(5)
+    )
+    return Tensors(q, k, v, out, torch.zeros(batch, heads, n_ctx, device=device), dout)
+
+
+class Row(NamedTuple):
+    """One line of the report; its fields are the columns of the CSV."""
+
+    target: str
+    gpu: str
+    direction: str
+    implementation: str
+    T: int
+    head_dim: int
+    batch: int
+    heads: int
+    launches: int
+    matrix_products: float  # in units of one exact causal T x T x D product; 2 are needed forward, 5 backward
+    megabytes: float
+    megabytes_lower_bound: float
+    limiter: str
+    peak_percent_overlapped: float
+    peak_percent_serial: float
+    us_overlapped: float
+    us_serial: float
+    us_overlapped_with_launches: float
+    registers: str
+    blocks: str
+    tensor_work_repeated: float
+    note: str = "estimate"
+
+
+COLUMNS = Row._fields
+Run = Callable[[Tensors], Any]
+
+
+def textbook(own: int, walk: int, warps: int, stages: int) -> Run:
+    """The textbook backward with these settings."""
+    return lambda t: textbook_backward(*t, blocks=(own, walk), num_warps=warps, num_stages=stages)
+
+
+@functools.cache
+def _textbook(settings: tuple[int, int, int, int]) -> Run:
+    return textbook(*settings)
+
+
+@functools.cache
+def count_work(run: Run, n_ctx: int, head_dim: int) -> list[LaunchWork]:
+    """What one head's launches do, counted in the interpreter."""
+    with strict_interpreter(counter=WorkCounter(), poison=False) as counter:
+        run(tensors(1, 1, n_ctx, head_dim, "cpu"))
+    return counter.launches
+
+
+def bound(run: Run, target: str, n_ctx: int, head_dim: int, blocks: str, **names: str) -> tuple[Row, list[str]]:
+    """The report's row for one way to run one shape, and whatever the compile gate has against it."""
+    peak = PEAKS[target]
+    batch, heads = TOKENS // n_ctx, WIDTH // head_dim
+    with record_launches(target) as launches:
+        run(tensors(batch, heads, n_ctx, head_dim, "meta"))
+    reports = [compile_launch(launch, target) for launch in launches]
+    works = count_work(run, n_ctx, head_dim)
+    everywhere = count_work(run, max(SEQUENCES), head_dim)  # long enough to enter every loop
+    estimates: list[Estimate] = []
+    for report, work, whole in zip(reports, works, everywhere, strict=True):
+        assert report.kernel == work.kernel == whole.kernel
+        matrix_loops = [at for at, loop in enumerate(whole.loops) if loop.products]
+        estimates.append(estimate(report, work, batch * heads, peak, matrix_loops))
+    overlapped = sum(item.overlapped for item in estimates)
+    serial = sum(item.serial for item in estimates)
+    needed = 2 if names["direction"] == "forward" else 5
+    triangle = n_ctx * (n_ctx + 1) / 2 * head_dim
+    useful = 2 * needed * triangle * batch * heads / peak.tensor_flops
+    slowest = max(estimates, key=lambda item: item.overlapped)
+    multiplying = [item.tensor_repeated for item in estimates if item.tensor_repeated]
+    row = Row(
+        target=target,
+        gpu=peak.model,
+        T=n_ctx,
+        head_dim=head_dim,
+        batch=batch,
+        heads=heads,
+        launches=len(launches),
+        matrix_products=round(sum(work.multiply_adds for work in works) / triangle, 2),
+        megabytes=round(sum(work.unique_loaded + work.unique_stored for work in works) * batch * heads / 1e6, 2),
+        megabytes_lower_bound=round(_fewest_bytes(names["direction"], n_ctx, head_dim) * batch * heads / 1e6, 2),
+        limiter=slowest.limiter,
+        peak_percent_overlapped=round(100 * useful / overlapped, 1),
+        peak_percent_serial=round(100 * useful / serial, 1),
+        us_overlapped=round(1e6 * overlapped, 1),
+        us_serial=round(1e6 * serial, 1),
+        us_overlapped_with_launches=round(1e6 * (overlapped + LAUNCH_SECONDS * len(launches)), 1),
+        registers=" ".join(str(report.registers) for report in reports),
+        blocks=blocks,
+        tensor_work_repeated=round(max(multiplying, default=0.0), 2),
+        **names,
+    )
+    return row, [problem for pair in zip(launches, reports, strict=True) for problem in problems(*pair)]
+
+
+def _fewest_bytes(direction: str, n_ctx: int, head_dim: int) -> int:
+    """Forward: read q, k, v, write out and lse. Backward: read q, k, v and dout, write dq, dk and dv."""
+    matrix = 2 * n_ctx * head_dim
+    return 4 * matrix + 4 * n_ctx if direction == "forward" else 7 * matrix
+
+
+def textbook_row(target: str, n_ctx: int, head_dim: int) -> Row:
+    """The fastest of the textbook's settings that pass the gate, or of all, marked, if none does."""
+    found = []
+    for settings in TEXTBOOK:
+        if settings[0] > max(n_ctx, 32) or settings[0] * head_dim > 8192:
+            continue  # more than the sequence, or certain to spill
+        blocks = "{}x{} w{} s{}".format(*settings)
+        row, objections = bound(
+            _textbook(settings), target, n_ctx, head_dim, blocks, direction="backward", implementation="textbook"
+        )
+        note = "estimate; spills" if objections else "estimate"
+        found.append(row._replace(note=note))
+    return min(found, key=lambda row: (row.note, row.us_overlapped, row.us_serial))
+
+
+def rows(targets: Iterable[str], head_dims: Iterable[int] = HEAD_DIMS) -> Iterable[Row]:
+    """All rows of the report, shape by shape."""
+    for target in targets:
+        for head_dim in head_dims:
+            for n_ctx in SEQUENCES:
+                yield textbook_row(target, n_ctx, head_dim)
+
+
+def to_markdown(report: Iterable[Row]) -> str:
+    """The rows that people compare, as a table."""
+    shown = (
+        "target", "direction", "implementation", "T", "head_dim", "launches", "matrix_products", "megabytes",
+        "megabytes_lower_bound", "limiter", "peak_percent_overlapped", "peak_percent_serial",
+        "us_overlapped_with_launches",
+    )  # fmt: skip
+    lines = ["All figures are ESTIMATES from machine code and byte counts; nothing was run on a GPU.", ""]
+    lines += ["| " + " | ".join(shown) + " |", "|" + "---|" * len(shown)]
+    lines += ["| " + " | ".join(str(getattr(row, name)) for name in shown) + " |" for row in report]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("targets", nargs="*", default=list(PEAKS), help="such as sm_90; default: all")
+    parser.add_argument("--head-dim", type=int, choices=HEAD_DIMS, nargs="*", default=list(HEAD_DIMS))
+    parser.add_argument("--csv", type=Path, default=HERE / "results" / "static.csv")
+    arguments = parser.parse_args()
+    report = list(rows(arguments.targets, arguments.head_dim))
+    arguments.csv.parent.mkdir(parents=True, exist_ok=True)
+    with arguments.csv.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(COLUMNS)
+        writer.writerows(report)
+    print(to_markdown(report))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,505 @@
+"""Backward, tiled: two launches for any sequence length, no atomics, nothing of size T x T.
+
+The first takes blocks of queries: it computes delta (what the softmax's gradient subtracts from each row), writes it,
+and accumulates dq over the keys. The second takes blocks of keys, reads delta, and accumulates dk and dv over the
+queries of every head that shares them. The probabilities are recomputed from the saved log-sum-exp in both.
+`dq_of_block` and `dkdv_of_block` are also what the one-launch kernel of flash_short.py is made of.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from .launch import LaunchArguments
+from .philox_tile import keep_tile
+from .tiles import causal_mask, exponent, exponential, head_pointer, load_rows, load_tile, store_tile
+from .tuning import Config
+
+__all__ = [
+    "backward",
+    "backward_dkdv_kernel",
+    "backward_dq_kernel",
+    "delta_of_rows",
+    "dkdv_of_block",
+    "dq_of_block",
+    "lse_of_rows",
+]
+
+
+@triton.jit
+def delta_of_rows(out, dout, dlse_head, start_m, tq, BLOCK_M: tl.constexpr, HAS_DLSE: tl.constexpr):
+    """sum(out * dout) - dlse of each row, [BLOCK_M]."""
+    delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)
+    if HAS_DLSE:
+        delta -= load_rows(dlse_head, start_m, tq, 0.0, BLOCK_M)
+    return delta
+
+
+@triton.jit
+def lse_of_rows(lse_head, start_m, tq, like, BLOCK_M: tl.constexpr):
+    """The rows' log-sum-exp as exponents, [BLOCK_M], +inf where a row is not there or sees nothing: its probabilities are 0."""
+    lse = load_rows(lse_head, start_m, tq, float("inf"), BLOCK_M)
+    return tl.where(lse == float("-inf"), float("inf"), exponent(lse, like))
+
+
+@triton.jit
+def _dq_step(
+    dq,  # [BLOCK_M, BLOCK_D]
+    q,
+    dout,
+    lse,  # [BLOCK_M]
+    delta,
+    k_head,
+    v_head,
+    seed_ptr,
+    batch,
+    head,
+    start_m,
+    n,
+    stride_kt,
+    stride_kd,
+    stride_vt,
+    stride_vd,
+    tq,
+    tk,
+    scale,  # by which scores become exponents
+    threshold,
+    keep_scale,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    MASKED: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """One block of keys, n .. n + BLOCK_N."""
+    k = load_tile(k_head, n, stride_kt, stride_kd, tk, BLOCK_N, HEAD_DIM, BLOCK_D, MASKED)
+    v = load_tile(v_head, n, stride_vt, stride_vd, tk, BLOCK_N, HEAD_DIM, BLOCK_D, MASKED)
+    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
+    p = exponential(scores * scale - lse[:, None], q)
+    if MASKED:
+        if CAUSAL:
+            p = tl.where(causal_mask(start_m, n, tk - tq, BLOCK_M, BLOCK_N), p, 0.0)
+        else:
+            p = tl.where((tl.arange(0, BLOCK_N) < tk - n)[None, :], p, 0.0)
+    dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
+    if DROPOUT:
+        keep = keep_tile(seed_ptr, batch, head, start_m, n, threshold, BLOCK_M, BLOCK_N)
+        dp = tl.where(keep, dp * keep_scale, 0.0)
+    ds = p * (dp - delta[:, None])
+    return tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
+
+
+@triton.jit
+def dq_of_block(
+    q,
+    dout,
+    lse,
+    delta,
+    k_head,
+    v_head,
+    seed_ptr,
+    batch,
+    head,
+    start_m,
+    stride_kt,
+    stride_kd,
+    stride_vt,
+    stride_vd,
+    tq,
+    tk,
+    scale,  # by which scores become exponents
+    threshold,
+    keep_scale,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """dq / scale of a block of queries, [BLOCK_M, BLOCK_D]."""
+    dq = tl.zeros((BLOCK_M, BLOCK_D), dtype=tl.float32)
+    if CAUSAL:
+        end = tl.minimum(tk, start_m + BLOCK_M + tk - tq)
+        full = tl.minimum(tk, tl.maximum(0, start_m + 1 + tk - tq)) // BLOCK_N * BLOCK_N
+    else:
+        end = tk
+        full = tk // BLOCK_N * BLOCK_N
+    for n in range(0, full, BLOCK_N):
+        dq = _dq_step(
+            dq, q, dout, lse, delta, k_head, v_head, seed_ptr, batch, head, start_m, n,
+            stride_kt, stride_kd, stride_vt, stride_vd, tq, tk, scale, threshold, keep_scale,
+            HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, CAUSAL, False, DROPOUT, PRECISION,
+        )  # fmt: skip
+    for n in range(full, end, BLOCK_N):
+        dq = _dq_step(
+            dq, q, dout, lse, delta, k_head, v_head, seed_ptr, batch, head, start_m, n,
+            stride_kt, stride_kd, stride_vt, stride_vd, tq, tk, scale, threshold, keep_scale,
+            HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, CAUSAL, True, DROPOUT, PRECISION,
+        )  # fmt: skip
+    return dq
+
+
+@triton.jit
+def _dkdv_step(
+    dk,  # [BLOCK_N, BLOCK_D]
+    dv,
+    k,
+    v,
+    q_head,
+    dout_head,
+    out_head,
+    lse_head,
+    delta_head,
+    dlse_head,
+    seed_ptr,
+    batch,
+    head,
+    start_n,
+    m,
+    stride_qt,
+    stride_qd,
+    stride_dot,
+    stride_dod,
+    stride_ot,
+    stride_od,
+    tq,
+    tk,
+    scale,  # by which scores become exponents
+    threshold,
+    keep_scale,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    MASKED: tl.constexpr,
+    NEGATE: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    INLINE_DELTA: tl.constexpr,
+    HAS_DLSE: tl.constexpr,
+):
+    """One block of queries, m .. m + BLOCK_M; the scores are held transposed, keys first."""
+    q = load_tile(q_head, m, stride_qt, stride_qd, tq, BLOCK_M, HEAD_DIM, BLOCK_D, True)
+    if NEGATE:
+        q = -q
+    dout = load_tile(dout_head, m, stride_dot, stride_dod, tq, BLOCK_M, HEAD_DIM, BLOCK_D, True)
+    lse = lse_of_rows(lse_head, m, tq, q, BLOCK_M)
+    if INLINE_DELTA:
+        out = load_tile(out_head, m, stride_ot, stride_od, tq, BLOCK_M, HEAD_DIM, BLOCK_D, True)
+        delta = delta_of_rows(out, dout, dlse_head, m, tq, BLOCK_M, HAS_DLSE)
+    else:
+        delta = load_rows(delta_head, m, tq, 0.0, BLOCK_M)
+    scores_t = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
+    p_t = exponential(scores_t * scale - lse[None, :], q)
+    if MASKED:
+        # key <= row + tk - tq
+        last_seen = tl.arange(0, BLOCK_M) + (m + tk - tq - start_n)
+        p_t = tl.where(last_seen[None, :] >= tl.arange(0, BLOCK_N)[:, None], p_t, 0.0)
+    dp_t = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
+    if DROPOUT:
+        keep_t = tl.trans(keep_tile(seed_ptr, batch, head, m, start_n, threshold, BLOCK_M, BLOCK_N))
+        dropped_t = tl.where(keep_t, p_t * keep_scale, 0.0)
+        dp_t = tl.where(keep_t, dp_t * keep_scale, 0.0)
+        dv = tl.dot(dropped_t.to(dout.dtype), dout, dv, input_precision=PRECISION)
+    else:
+        dv = tl.dot(p_t.to(dout.dtype), dout, dv, input_precision=PRECISION)
+    ds_t = p_t * (dp_t - delta[None, :])
+    dk = tl.dot(ds_t.to(q.dtype), q, dk, input_precision=PRECISION)
+    return dk, dv
+
+
+@triton.jit
+def dkdv_of_block(
+    dk,
+    dv,
+    k,
+    v,
+    q_head,
+    dout_head,
+    out_head,
+    lse_head,
+    delta_head,
+    dlse_head,
+    seed_ptr,
+    batch,
+    head,
+    start_n,
+    stride_qt,
+    stride_qd,
+    stride_dot,
+    stride_dod,
+    stride_ot,
+    stride_od,
+    tq,
+    tk,
+    scale,  # by which scores become exponents
+    threshold,
+    keep_scale,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    NEGATE: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    INLINE_DELTA: tl.constexpr,
+    HAS_DLSE: tl.constexpr,
+):
+    """Add one query head's part to dk / |scale| and dv of a block of keys, [BLOCK_N, BLOCK_D]."""
+    if CAUSAL:
+        # From the first row that sees the first key, to the first from which on every row sees the last one.
+        begin = tl.maximum(0, start_n - (tk - tq)) // BLOCK_M * BLOCK_M
+        full = tl.cdiv(tl.maximum(0, start_n + BLOCK_N - 1 - (tk - tq)), BLOCK_M) * BLOCK_M
+        full = tl.minimum(full, tl.cdiv(tq, BLOCK_M) * BLOCK_M)
+        for m in range(begin, full, BLOCK_M):
+            dk, dv = _dkdv_step(
+                dk, dv, k, v, q_head, dout_head, out_head, lse_head, delta_head, dlse_head, seed_ptr, batch, head,
+                start_n, m, stride_qt, stride_qd, stride_dot, stride_dod, stride_ot, stride_od, tq, tk,
+                scale, threshold, keep_scale, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, CAUSAL, True, NEGATE, DROPOUT,
+                PRECISION, INLINE_DELTA, HAS_DLSE,
+            )  # fmt: skip
+    else:
+        full = 0
+    for m in range(full, tq, BLOCK_M):
+        dk, dv = _dkdv_step(
+            dk, dv, k, v, q_head, dout_head, out_head, lse_head, delta_head, dlse_head, seed_ptr, batch, head,
+            start_n, m, stride_qt, stride_qd, stride_dot, stride_dod, stride_ot, stride_od, tq, tk,
+            scale, threshold, keep_scale, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, CAUSAL, False, NEGATE, DROPOUT,
+            PRECISION, INLINE_DELTA, HAS_DLSE,
+        )  # fmt: skip
+    return dk, dv
+
+
+@triton.jit(do_not_specialize=["tq", "tk", "threshold"])
+def backward_dq_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    out_ptr,
+    dout_ptr,
+    dq_ptr,
+    lse_ptr,  # (B, Hq, Tq) contiguous as delta and dlse
+    delta_ptr,
+    dlse_ptr,
+    seed_ptr,
+    stride_qb,
+    stride_qh,
+    stride_qt,
+    stride_qd,
+    stride_kb,
+    stride_kh,
+    stride_kt,
+    stride_kd,
+    stride_vb,
+    stride_vh,
+    stride_vt,
+    stride_vd,
+    stride_ob,
+    stride_oh,
+    stride_ot,
+    stride_od,
+    stride_dob,
+    stride_doh,
+    stride_dot,
+    stride_dod,
+    stride_dqb,
+    stride_dqh,
+    stride_dqt,
+    stride_dqd,
+    heads,
+    group,
+    tq,
+    tk,
+    scale,
+    threshold,
+    keep_scale,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    NEGATE: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    HAS_DLSE: tl.constexpr,
+):
+    """delta and dq. Grid: (cdiv(tq, BLOCK_M) * B * Hq,)."""
+    blocks = tl.cdiv(tq, BLOCK_M)
+    start_m = (blocks - 1 - tl.program_id(0) % blocks) * BLOCK_M  # the longest rows first
+    batch_head = tl.program_id(0) // blocks
+    batch = batch_head // heads
+    head = batch_head % heads
+    rows_before = tl.cast(batch_head, tl.int64) * tq
+    q_head = head_pointer(q_ptr, batch, head, stride_qb, stride_qh)
+    out_head = head_pointer(out_ptr, batch, head, stride_ob, stride_oh)
+    dout_head = head_pointer(dout_ptr, batch, head, stride_dob, stride_doh)
+    k_head = head_pointer(k_ptr, batch, head // group, stride_kb, stride_kh)
+    v_head = head_pointer(v_ptr, batch, head // group, stride_vb, stride_vh)
+
+    out = load_tile(out_head, start_m, stride_ot, stride_od, tq, BLOCK_M, HEAD_DIM, BLOCK_D, True)
+    dout = load_tile(dout_head, start_m, stride_dot, stride_dod, tq, BLOCK_M, HEAD_DIM, BLOCK_D, True)
+    delta = delta_of_rows(out, dout, dlse_ptr + rows_before, start_m, tq, BLOCK_M, HAS_DLSE)
+    rows = tl.arange(0, BLOCK_M)
+    tl.store(delta_ptr + rows_before + start_m + rows, delta, mask=rows < tq - start_m)
+
+    q = load_tile(q_head, start_m, stride_qt, stride_qd, tq, BLOCK_M, HEAD_DIM, BLOCK_D, True)
+    if NEGATE:
+        q = -q
+    lse = lse_of_rows(lse_ptr + rows_before, start_m, tq, q, BLOCK_M)
+    dq = dq_of_block(
+        q, dout, lse, delta, k_head, v_head, seed_ptr, batch, head, start_m, stride_kt, stride_kd, stride_vt, stride_vd,
+        tq, tk, exponent(tl.abs(scale), q), threshold, keep_scale,
+        HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, CAUSAL, DROPOUT, PRECISION,
+    )  # fmt: skip
+    dq_head = head_pointer(dq_ptr, batch, head, stride_dqb, stride_dqh)
+    store_tile(dq_head, dq * scale, start_m, stride_dqt, stride_dqd, tq, BLOCK_M, HEAD_DIM, BLOCK_D)
+
+
+@triton.jit(do_not_specialize=["tq", "tk", "threshold"])
+def backward_dkdv_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    dout_ptr,
+    dk_ptr,
+    dv_ptr,
+    lse_ptr,  # (B, Hq, Tq) contiguous, as delta
+    delta_ptr,
+    seed_ptr,
+    stride_qb,
+    stride_qh,
+    stride_qt,
+    stride_qd,
+    stride_kb,
+    stride_kh,
+    stride_kt,
+    stride_kd,
+    stride_vb,
+    stride_vh,
+    stride_vt,
+    stride_vd,
+    stride_dob,
+    stride_doh,
+    stride_dot,
+    stride_dod,
+    stride_dkb,
+    stride_dkh,
+    stride_dkt,
+    stride_dkd,
+    stride_dvb,
+    stride_dvh,
+    stride_dvt,
+    stride_dvd,
+    heads,
+    group,
+    tq,
+    tk,
+    scale,
+    threshold,
+    keep_scale,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    NEGATE: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """dk and dv. Grid: (cdiv(tk, BLOCK_N) * B * Hkv,)."""
+    blocks = tl.cdiv(tk, BLOCK_N)
+    start_n = tl.program_id(0) % blocks * BLOCK_N  # the keys that most rows see first
+    kv_heads = heads // group
+    batch = tl.program_id(0) // blocks // kv_heads
+    kv_head = tl.program_id(0) // blocks % kv_heads
+    k_head = head_pointer(k_ptr, batch, kv_head, stride_kb, stride_kh)
+    v_head = head_pointer(v_ptr, batch, kv_head, stride_vb, stride_vh)
+    k = load_tile(k_head, start_n, stride_kt, stride_kd, tk, BLOCK_N, HEAD_DIM, BLOCK_D, True)
+    v = load_tile(v_head, start_n, stride_vt, stride_vd, tk, BLOCK_N, HEAD_DIM, BLOCK_D, True)
+    dk = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32)
+    dv = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32)
+    for member in range(0, group):
+        head = kv_head * group + member
+        q_head = head_pointer(q_ptr, batch, head, stride_qb, stride_qh)
+        dout_head = head_pointer(dout_ptr, batch, head, stride_dob, stride_doh)
+        rows_before = (tl.cast(batch, tl.int64) * heads + head) * tq
+        dk, dv = dkdv_of_block(
+            dk, dv, k, v, q_head, dout_head, dout_head, lse_ptr + rows_before, delta_ptr + rows_before, lse_ptr,
+            seed_ptr, batch, head, start_n, stride_qt, stride_qd, stride_dot, stride_dod, stride_dot, stride_dod,
+            tq, tk, exponent(tl.abs(scale), k), threshold, keep_scale,
+            HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, CAUSAL, NEGATE, DROPOUT, PRECISION, False, False,
+        )  # fmt: skip
+    dk_head = head_pointer(dk_ptr, batch, kv_head, stride_dkb, stride_dkh)
+    dv_head = head_pointer(dv_ptr, batch, kv_head, stride_dvb, stride_dvh)
+    store_tile(dk_head, dk * tl.abs(scale), start_n, stride_dkt, stride_dkd, tk, BLOCK_N, HEAD_DIM, BLOCK_D)
+    store_tile(dv_head, dv, start_n, stride_dvt, stride_dvd, tk, BLOCK_N, HEAD_DIM, BLOCK_D)
+
+
+def backward(
+    dout: torch.Tensor,
+    dlse: torch.Tensor | None,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    dq: torch.Tensor,
+    dk: torch.Tensor,
+    dv: torch.Tensor,
+    arguments: LaunchArguments,
+    config: Config,
+    config_dkdv: Config,
+) -> None:
+    """Fill dq, dk and dv (shapes of q, k, v; any strides) in two launches."""
+    delta = torch.empty_like(lse)
+    batch, heads, tq, _ = q.shape
+    kv_heads, tk = k.shape[1], k.shape[2]
+    backward_dq_kernel[(triton.cdiv(tq, config.block_m) * batch * heads,)](
+        q,
+        k,
+        v,
+        out,
+        dout,
+        dq,
+        lse,
+        delta,
+        lse if dlse is None else dlse,
+        arguments.seed,
+        *q.stride(),
+        *k.stride(),
+        *v.stride(),
+        *out.stride(),
+        *dout.stride(),
+        *dq.stride(),
+        *arguments.scalars,
+        **arguments.constants,
+        HAS_DLSE=dlse is not None,
+        **config.options,
+    )
+    backward_dkdv_kernel[(triton.cdiv(tk, config_dkdv.block_n) * batch * kv_heads,)](
+        q,
+        k,
+        v,
+        dout,
+        dk,
+        dv,
+        lse,
+        delta,
+        arguments.seed,
+        *q.stride(),
+        *k.stride(),
+        *v.stride(),
+        *dout.stride(),
+        *dk.stride(),
+        *dv.stride(),
+        *arguments.scalars,
+        **arguments.constants,
+        **config_dkdv.options,
+    )

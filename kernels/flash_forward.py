@@ -1,0 +1,190 @@
+"""Forward: tiled causal attention with an online softmax, one launch for any sequence length.
+
+One program takes BLOCK_M queries of one head over all the keys they see: first the blocks of keys that all of them see,
+without a mask, then those on the diagonal. Source: Milakov and Gimelshein, "Online normalizer calculation for softmax"
+(2018); Dao et al., "FlashAttention" (2022).
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from .launch import LaunchArguments
+from .philox_tile import keep_tile
+from .tiles import LN2, causal_mask, exponent, exponential, head_pointer, load_tile, natural, store_tile
+from .tuning import Config
+
+__all__ = ["attention_forward_kernel", "forward"]
+
+
+@triton.jit
+def _forward_step(
+    acc,  # [BLOCK_M, BLOCK_D]
+    top,  # [BLOCK_M], the largest exponent so far
+    total,  # [BLOCK_M], the sum of exponentials so far
+    q,  # [BLOCK_M, BLOCK_D]
+    k_head,
+    v_head,
+    seed_ptr,
+    batch,
+    head,
+    start_m,
+    n,
+    stride_kt,
+    stride_kd,
+    stride_vt,
+    stride_vd,
+    tq,
+    tk,
+    scale,  # by which scores become exponents
+    threshold,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    MASKED: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """One block of keys, n .. n + BLOCK_N."""
+    k = load_tile(k_head, n, stride_kt, stride_kd, tk, BLOCK_N, HEAD_DIM, BLOCK_D, MASKED)
+    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
+    if MASKED:
+        # Scaled before it is masked: -inf times a scale of zero would be NaN.
+        if CAUSAL:  # no valid row sees a key beyond tk
+            seen = causal_mask(start_m, n, tk - tq, BLOCK_M, BLOCK_N)
+        else:
+            seen = (tl.arange(0, BLOCK_N) < tk - n)[None, :]
+        scores = tl.where(seen, scores * scale, float("-inf"))
+        new_top = tl.maximum(top, tl.max(scores, 1))
+        shown = tl.where(new_top == float("-inf"), 0.0, new_top)  # a row that has seen nothing yet
+        p = exponential(scores - shown[:, None], q)
+    else:
+        new_top = tl.maximum(top, tl.max(scores, 1) * scale)
+        shown = new_top
+        p = exponential(scores * scale - new_top[:, None], q)
+    decay = exponential(top - shown, q)
+    total = total * decay + tl.sum(p, 1)
+    if DROPOUT:
+        p = tl.where(keep_tile(seed_ptr, batch, head, start_m, n, threshold, BLOCK_M, BLOCK_N), p, 0.0)
+    v = load_tile(v_head, n, stride_vt, stride_vd, tk, BLOCK_N, HEAD_DIM, BLOCK_D, MASKED)
+    acc = tl.dot(p.to(v.dtype), v, acc * decay[:, None], input_precision=PRECISION)
+    return acc, new_top, total
+
+
+@triton.jit(do_not_specialize=["tq", "tk", "threshold"])
+def attention_forward_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    out_ptr,
+    lse_ptr,  # (B, Hq, Tq) contiguous
+    seed_ptr,
+    stride_qb,
+    stride_qh,
+    stride_qt,
+    stride_qd,
+    stride_kb,
+    stride_kh,
+    stride_kt,
+    stride_kd,
+    stride_vb,
+    stride_vh,
+    stride_vt,
+    stride_vd,
+    stride_ob,
+    stride_oh,
+    stride_ot,
+    stride_od,
+    heads,
+    group,
+    tq,
+    tk,
+    scale,
+    threshold,
+    keep_scale,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    NEGATE: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Grid: (cdiv(tq, BLOCK_M) * B * Hq,); NEGATE where scale is negative: q is negated, and |scale| used."""
+    blocks = tl.cdiv(tq, BLOCK_M)
+    start_m = (blocks - 1 - tl.program_id(0) % blocks) * BLOCK_M  # the longest rows first
+    batch_head = tl.program_id(0) // blocks
+    batch = batch_head // heads
+    head = batch_head % heads
+    k_head = head_pointer(k_ptr, batch, head // group, stride_kb, stride_kh)
+    v_head = head_pointer(v_ptr, batch, head // group, stride_vb, stride_vh)
+
+    q_head = head_pointer(q_ptr, batch, head, stride_qb, stride_qh)
+    q = load_tile(q_head, start_m, stride_qt, stride_qd, tq, BLOCK_M, HEAD_DIM, BLOCK_D, True)
+    if NEGATE:
+        q = -q
+    to_exponent = exponent(tl.abs(scale), q)
+    acc = tl.zeros((BLOCK_M, BLOCK_D), dtype=tl.float32)
+    top = tl.full((BLOCK_M,), float("-inf"), dtype=tl.float32)
+    total = tl.zeros((BLOCK_M,), dtype=tl.float32)
+
+    if CAUSAL:
+        end = tl.minimum(tk, start_m + BLOCK_M + tk - tq)  # keys that the last row sees
+        full = tl.minimum(tk, tl.maximum(0, start_m + 1 + tk - tq)) // BLOCK_N * BLOCK_N  # that the first row sees
+    else:
+        end = tk
+        full = tk // BLOCK_N * BLOCK_N
+    for n in range(0, full, BLOCK_N):
+        acc, top, total = _forward_step(
+            acc, top, total, q, k_head, v_head, seed_ptr, batch, head, start_m, n,
+            stride_kt, stride_kd, stride_vt, stride_vd, tq, tk, to_exponent, threshold,
+            HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, CAUSAL, False, DROPOUT, PRECISION,
+        )  # fmt: skip
+    for n in range(full, end, BLOCK_N):
+        acc, top, total = _forward_step(
+            acc, top, total, q, k_head, v_head, seed_ptr, batch, head, start_m, n,
+            stride_kt, stride_kd, stride_vt, stride_vd, tq, tk, to_exponent, threshold,
+            HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, CAUSAL, True, DROPOUT, PRECISION,
+        )  # fmt: skip
+
+    blind = total == 0.0  # rows that see nothing: out 0, lse -inf
+    safe_total = tl.where(blind, 1.0, total)
+    out = acc * (keep_scale / safe_total)[:, None]
+    out_head = head_pointer(out_ptr, batch, head, stride_ob, stride_oh)
+    store_tile(out_head, out, start_m, stride_ot, stride_od, tq, BLOCK_M, HEAD_DIM, BLOCK_D)
+    lse = tl.where(blind, float("-inf"), natural(top, q) + tl.log2(safe_total) * LN2)
+    rows = tl.arange(0, BLOCK_M)
+    lse_head = lse_ptr + tl.cast(batch_head, tl.int64) * tq
+    tl.store(lse_head + start_m + rows, lse, mask=rows < tq - start_m)
+
+
+def forward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    arguments: LaunchArguments,
+    config: Config,
+) -> None:
+    """Fill out (B, Hq, Tq, D) and lse (B, Hq, Tq) in one launch."""
+    batch, heads, tq, _ = q.shape
+    grid = (triton.cdiv(tq, config.block_m) * batch * heads,)
+    attention_forward_kernel[grid](
+        q,
+        k,
+        v,
+        out,
+        lse,
+        arguments.seed,
+        *q.stride(),
+        *k.stride(),
+        *v.stride(),
+        *out.stride(),
+        *arguments.scalars,
+        **arguments.constants,
+        **config.options,
+    )

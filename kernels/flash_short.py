@@ -1,0 +1,311 @@
+"""Backward in one launch, for short sequences, where launches and bytes cost more than products.
+
+- `backward_tile_kernel`: all queries and keys of a head fit one tile. It recomputes the softmax outright, so it reads
+  neither out nor lse nor delta, takes delta as the row sum of P * dP, and needs five products.
+- `backward_blocks_kernel`: each program does dk and dv of one block of keys, then dq of one block of queries. By the
+  causal symmetry the two together are the same work for every program. It needs seven products, delta inline.
+
+No program writes what another one reads, so nothing is ordered and nothing is atomic.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from .flash_backward import delta_of_rows, dkdv_of_block, dq_of_block, lse_of_rows
+from .launch import LaunchArguments
+from .philox_tile import keep_tile
+from .tiles import causal_mask, exponent, exponential, head_pointer, load_rows, load_tile, store_tile
+from .tuning import Config
+
+__all__ = ["backward", "backward_blocks_kernel", "backward_tile_kernel"]
+
+
+@triton.jit(do_not_specialize=["tq", "tk", "threshold"])
+def backward_tile_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    dout_ptr,
+    dq_ptr,
+    dk_ptr,
+    dv_ptr,
+    dlse_ptr,  # (B, Hq, Tq) contiguous
+    seed_ptr,
+    stride_qb,
+    stride_qh,
+    stride_qt,
+    stride_qd,
+    stride_kb,
+    stride_kh,
+    stride_kt,
+    stride_kd,
+    stride_vb,
+    stride_vh,
+    stride_vt,
+    stride_vd,
+    stride_dob,
+    stride_doh,
+    stride_dot,
+    stride_dod,
+    stride_dqb,
+    stride_dqh,
+    stride_dqt,
+    stride_dqd,
+    stride_dkb,
+    stride_dkh,
+    stride_dkt,
+    stride_dkd,
+    stride_dvb,
+    stride_dvh,
+    stride_dvt,
+    stride_dvd,
+    heads,
+    group,
+    tq,
+    tk,
+    scale,
+    threshold,
+    keep_scale,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    NEGATE: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    HAS_DLSE: tl.constexpr,
+):
+    """Grid: (B * Hkv,), for tq <= BLOCK_M and tk <= BLOCK_N."""
+    kv_heads = heads // group
+    batch = tl.program_id(0) // kv_heads
+    kv_head = tl.program_id(0) % kv_heads
+    k_head = head_pointer(k_ptr, batch, kv_head, stride_kb, stride_kh)
+    v_head = head_pointer(v_ptr, batch, kv_head, stride_vb, stride_vh)
+    k = load_tile(k_head, 0, stride_kt, stride_kd, tk, BLOCK_N, HEAD_DIM, BLOCK_D, True)
+    v = load_tile(v_head, 0, stride_vt, stride_vd, tk, BLOCK_N, HEAD_DIM, BLOCK_D, True)
+    dk = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32)
+    dv = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32)
+    for member in range(0, group):
+        head = kv_head * group + member
+        q_head = head_pointer(q_ptr, batch, head, stride_qb, stride_qh)
+        q = load_tile(q_head, 0, stride_qt, stride_qd, tq, BLOCK_M, HEAD_DIM, BLOCK_D, True)
+        if NEGATE:
+            q = -q
+        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
+        seen = (tl.arange(0, BLOCK_N) < tk)[None, :] & (tl.arange(0, BLOCK_M) < tq)[:, None]
+        if CAUSAL:
+            seen &= causal_mask(0, 0, tk - tq, BLOCK_M, BLOCK_N)
+        scores = tl.where(seen, scores * exponent(tl.abs(scale), k), float("-inf"))
+        top = tl.max(scores, 1)
+        p = exponential(scores - tl.where(top == float("-inf"), 0.0, top)[:, None], k)
+        total = tl.sum(p, 1)
+        p = p / tl.where(total == 0.0, 1.0, total)[:, None]
+
+        dout_head = head_pointer(dout_ptr, batch, head, stride_dob, stride_doh)
+        dout = load_tile(dout_head, 0, stride_dot, stride_dod, tq, BLOCK_M, HEAD_DIM, BLOCK_D, True)
+        dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
+        if DROPOUT:
+            keep = keep_tile(seed_ptr, batch, head, 0, 0, threshold, BLOCK_M, BLOCK_N)
+            dropped = tl.where(keep, p * keep_scale, 0.0)
+            dp = tl.where(keep, dp * keep_scale, 0.0)
+            dv = tl.dot(tl.trans(dropped.to(dout.dtype)), dout, dv, input_precision=PRECISION)
+        else:
+            dv = tl.dot(tl.trans(p.to(dout.dtype)), dout, dv, input_precision=PRECISION)
+        delta = tl.sum(p * dp, 1)
+        if HAS_DLSE:
+            rows_before = (tl.cast(batch, tl.int64) * heads + head) * tq
+            delta -= load_rows(dlse_ptr + rows_before, 0, tq, 0.0, BLOCK_M)
+        ds = (p * (dp - delta[:, None])).to(q.dtype)
+        dk = tl.dot(tl.trans(ds), q, dk, input_precision=PRECISION)
+        dq = tl.dot(ds, k, input_precision=PRECISION)
+        dq_head = head_pointer(dq_ptr, batch, head, stride_dqb, stride_dqh)
+        store_tile(dq_head, dq * scale, 0, stride_dqt, stride_dqd, tq, BLOCK_M, HEAD_DIM, BLOCK_D)
+    dk_head = head_pointer(dk_ptr, batch, kv_head, stride_dkb, stride_dkh)
+    dv_head = head_pointer(dv_ptr, batch, kv_head, stride_dvb, stride_dvh)
+    store_tile(dk_head, dk * tl.abs(scale), 0, stride_dkt, stride_dkd, tk, BLOCK_N, HEAD_DIM, BLOCK_D)
+    store_tile(dv_head, dv, 0, stride_dvt, stride_dvd, tk, BLOCK_N, HEAD_DIM, BLOCK_D)
+
+
+@triton.jit(do_not_specialize=["tq", "tk", "threshold"])
+def backward_blocks_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    out_ptr,
+    dout_ptr,
+    dq_ptr,
+    dk_ptr,
+    dv_ptr,
+    lse_ptr,  # (B, Hq, Tq) contiguous, as dlse
+    dlse_ptr,
+    seed_ptr,
+    stride_qb,
+    stride_qh,
+    stride_qt,
+    stride_qd,
+    stride_kb,
+    stride_kh,
+    stride_kt,
+    stride_kd,
+    stride_vb,
+    stride_vh,
+    stride_vt,
+    stride_vd,
+    stride_ob,
+    stride_oh,
+    stride_ot,
+    stride_od,
+    stride_dob,
+    stride_doh,
+    stride_dot,
+    stride_dod,
+    stride_dqb,
+    stride_dqh,
+    stride_dqt,
+    stride_dqd,
+    stride_dkb,
+    stride_dkh,
+    stride_dkt,
+    stride_dkd,
+    stride_dvb,
+    stride_dvh,
+    stride_dvt,
+    stride_dvd,
+    heads,
+    group,
+    tq,
+    tk,
+    scale,
+    threshold,
+    keep_scale,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,  # of the inner loops
+    BLOCK_N: tl.constexpr,  # what a program owns: BLOCK_N keys, then BLOCK_N queries
+    CAUSAL: tl.constexpr,
+    NEGATE: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    HAS_DLSE: tl.constexpr,
+):
+    """Grid: (cdiv(max(tq, tk), BLOCK_N) * B * Hkv,)."""
+    blocks = tl.cdiv(tl.maximum(tq, tk), BLOCK_N)
+    start = tl.program_id(0) % blocks * BLOCK_N
+    kv_heads = heads // group
+    batch = tl.program_id(0) // blocks // kv_heads
+    kv_head = tl.program_id(0) // blocks % kv_heads
+    k_head = head_pointer(k_ptr, batch, kv_head, stride_kb, stride_kh)
+    v_head = head_pointer(v_ptr, batch, kv_head, stride_vb, stride_vh)
+
+    if start < tk:
+        k = load_tile(k_head, start, stride_kt, stride_kd, tk, BLOCK_N, HEAD_DIM, BLOCK_D, True)
+        v = load_tile(v_head, start, stride_vt, stride_vd, tk, BLOCK_N, HEAD_DIM, BLOCK_D, True)
+        dk = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32)
+        dv = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32)
+        for member in range(0, group):
+            head = kv_head * group + member
+            rows_before = (tl.cast(batch, tl.int64) * heads + head) * tq
+            dk, dv = dkdv_of_block(
+                dk, dv, k, v,
+                head_pointer(q_ptr, batch, head, stride_qb, stride_qh),
+                head_pointer(dout_ptr, batch, head, stride_dob, stride_doh),
+                head_pointer(out_ptr, batch, head, stride_ob, stride_oh),
+                lse_ptr + rows_before, lse_ptr, dlse_ptr + rows_before, seed_ptr, batch, head, start,
+                stride_qt, stride_qd, stride_dot, stride_dod, stride_ot, stride_od,
+                tq, tk, exponent(tl.abs(scale), k), threshold, keep_scale,
+                HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, CAUSAL, NEGATE, DROPOUT, PRECISION, True, HAS_DLSE,
+            )  # fmt: skip
+        dk_head = head_pointer(dk_ptr, batch, kv_head, stride_dkb, stride_dkh)
+        dv_head = head_pointer(dv_ptr, batch, kv_head, stride_dvb, stride_dvh)
+        store_tile(dk_head, dk * tl.abs(scale), start, stride_dkt, stride_dkd, tk, BLOCK_N, HEAD_DIM, BLOCK_D)
+        store_tile(dv_head, dv, start, stride_dvt, stride_dvd, tk, BLOCK_N, HEAD_DIM, BLOCK_D)
+
+    if start < tq:
+        for member in range(0, group):
+            head_q = kv_head * group + member
+            rows = (tl.cast(batch, tl.int64) * heads + head_q) * tq
+            q_head = head_pointer(q_ptr, batch, head_q, stride_qb, stride_qh)
+            out_head = head_pointer(out_ptr, batch, head_q, stride_ob, stride_oh)
+            dout_head = head_pointer(dout_ptr, batch, head_q, stride_dob, stride_doh)
+            q = load_tile(q_head, start, stride_qt, stride_qd, tq, BLOCK_N, HEAD_DIM, BLOCK_D, True)
+            if NEGATE:
+                q = -q
+            out = load_tile(out_head, start, stride_ot, stride_od, tq, BLOCK_N, HEAD_DIM, BLOCK_D, True)
+            dout = load_tile(dout_head, start, stride_dot, stride_dod, tq, BLOCK_N, HEAD_DIM, BLOCK_D, True)
+            delta = delta_of_rows(out, dout, dlse_ptr + rows, start, tq, BLOCK_N, HAS_DLSE)
+            lse = lse_of_rows(lse_ptr + rows, start, tq, q, BLOCK_N)
+            dq = dq_of_block(
+                q, dout, lse, delta, k_head, v_head, seed_ptr, batch, head_q, start,
+                stride_kt, stride_kd, stride_vt, stride_vd, tq, tk, exponent(tl.abs(scale), q), threshold, keep_scale,
+                HEAD_DIM, BLOCK_D, BLOCK_N, BLOCK_M, CAUSAL, DROPOUT, PRECISION,
+            )  # fmt: skip
+            dq_head = head_pointer(dq_ptr, batch, head_q, stride_dqb, stride_dqh)
+            store_tile(dq_head, dq * scale, start, stride_dqt, stride_dqd, tq, BLOCK_N, HEAD_DIM, BLOCK_D)
+
+
+def backward(
+    dout: torch.Tensor,
+    dlse: torch.Tensor | None,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    dq: torch.Tensor,
+    dk: torch.Tensor,
+    dv: torch.Tensor,
+    arguments: LaunchArguments,
+    config: Config,
+) -> None:
+    """Fill dq, dk and dv (shapes of q, k, v; any strides) in one launch, as `config.kernel` says: "tile" or "blocks"."""
+    batch, kv_heads, tk, _ = k.shape
+    tq = q.shape[2]
+    flags = {**arguments.constants, "HAS_DLSE": dlse is not None, **config.options}
+    if config.kernel == "tile":
+        assert tq <= config.block_m and tk <= config.block_n, "one tile does not hold the sequence"
+        backward_tile_kernel[(batch * kv_heads,)](
+            q,
+            k,
+            v,
+            dout,
+            dq,
+            dk,
+            dv,
+            q if dlse is None else dlse,
+            arguments.seed,
+            *q.stride(),
+            *k.stride(),
+            *v.stride(),
+            *dout.stride(),
+            *dq.stride(),
+            *dk.stride(),
+            *dv.stride(),
+            *arguments.scalars,
+            **flags,
+        )
+        return
+    backward_blocks_kernel[(triton.cdiv(max(tq, tk), config.block_n) * batch * kv_heads,)](
+        q,
+        k,
+        v,
+        out,
+        dout,
+        dq,
+        dk,
+        dv,
+        lse,
+        lse if dlse is None else dlse,
+        arguments.seed,
+        *q.stride(),
+        *k.stride(),
+        *v.stride(),
+        *out.stride(),
+        *dout.stride(),
+        *dq.stride(),
+        *dk.stride(),
+        *dv.stride(),
+        *arguments.scalars,
+        **flags,
+    )

@@ -1,0 +1,54 @@
+"""What every launch of a kernel passes besides its tensors and their strides."""
+
+import dataclasses
+from typing import Any
+
+import torch
+
+from .philox import dropout_threshold, keep_probability
+
+__all__ = ["LaunchArguments", "block_d", "launch_arguments"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LaunchArguments:
+    """The tail of every kernel's signature, in its order."""
+
+    seed: torch.Tensor  # (1,) int64; any tensor where there is no dropout
+    scalars: tuple[int | float, ...]  # heads, group, tq, tk, scale, threshold, keep_scale
+    constants: dict[str, Any]  # HEAD_DIM, BLOCK_D, CAUSAL, NEGATE, DROPOUT, PRECISION
+
+
+def block_d(head_dim: int) -> int:
+    """head_dim rounded up to the width of a tile: a power of two, at least 16 (the least that a tensor core takes)."""
+    return max(16, 1 << (head_dim - 1).bit_length())
+
+
+def launch_arguments(
+    q: torch.Tensor, k: torch.Tensor, seed: torch.Tensor | None, *, scale: float, causal: bool, dropout_p: float
+) -> LaunchArguments:
+    """Arguments for q (B, Hq, Tq, D) against k (B, Hkv, Tk, D)."""
+    heads, tq, head_dim = q.shape[1], q.shape[2], q.shape[3]
+    dropout = dropout_p > 0.0
+    assert not dropout or seed is not None, "dropout needs a seed"
+    tf32 = q.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
+    return LaunchArguments(
+        seed=q if seed is None else seed,
+        scalars=(
+            heads,
+            heads // k.shape[1],
+            tq,
+            k.shape[2],
+            scale,
+            dropout_threshold(dropout_p),
+            1.0 / keep_probability(dropout_p),
+        ),
+        constants={
+            "HEAD_DIM": head_dim,
+            "BLOCK_D": block_d(head_dim),
+            "CAUSAL": causal,
+            "NEGATE": scale < 0.0,
+            "DROPOUT": dropout,
+            "PRECISION": "tf32" if tf32 else "ieee",
+        },
+    )

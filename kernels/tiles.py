@@ -1,0 +1,114 @@
+"""What every kernel does with a tile: find it, load it, store it, mask it, turn scores into probabilities.
+
+A tile is BLOCK rows of one head, [BLOCK, BLOCK_D]; BLOCK_D is head_dim rounded up to a power of two of at least 16, and
+the columns beyond HEAD_DIM hold zeros. Offsets are 64-bit, positions in a sequence and masks are 32-bit: a 64-bit mask
+makes the inner loop a third longer.
+"""
+
+import triton
+import triton.language as tl
+
+__all__ = ["causal_mask", "exponent", "exponential", "head_pointer", "load_rows", "load_tile", "natural", "store_tile"]
+
+LOG2E = tl.constexpr(1.4426950408889634)  # log2(e): the hardware's exponential is in base 2
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def head_pointer(ptr, batch, head, stride_b, stride_h):
+    """The first element of one head of a (B, H, T, D) tensor."""
+    return ptr + tl.cast(batch, tl.int64) * stride_b + tl.cast(head, tl.int64) * stride_h
+
+
+@triton.jit
+def _tile_pointers(ptr, start, stride_t, stride_d, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
+    rows = tl.arange(0, BLOCK).to(tl.int64)
+    columns = tl.arange(0, BLOCK_D).to(tl.int64)
+    return ptr + tl.cast(start, tl.int64) * stride_t + (rows[:, None] * stride_t + columns[None, :] * stride_d)
+
+
+@triton.jit
+def load_tile(
+    ptr,
+    start,
+    stride_t,
+    stride_d,
+    length,
+    BLOCK: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    MASK_ROWS: tl.constexpr,
+):
+    """Rows start .. start + BLOCK of a head, [BLOCK, BLOCK_D]; zeros beyond `length` rows and HEAD_DIM columns.
+
+    MASK_ROWS may be False only where start + BLOCK <= length.
+    """
+    ptrs = _tile_pointers(ptr, start, stride_t, stride_d, BLOCK, BLOCK_D)
+    mask_rows = (tl.arange(0, BLOCK) < length - start)[:, None]
+    mask_columns = (tl.arange(0, BLOCK_D) < HEAD_DIM)[None, :]
+    if MASK_ROWS:
+        if HEAD_DIM == BLOCK_D:
+            return tl.load(ptrs, mask=mask_rows, other=0.0)
+        else:
+            return tl.load(ptrs, mask=mask_rows & mask_columns, other=0.0)
+    else:
+        if HEAD_DIM == BLOCK_D:
+            return tl.load(ptrs)
+        else:
+            return tl.load(ptrs, mask=mask_columns, other=0.0)
+
+
+@triton.jit
+def store_tile(
+    ptr, tile, start, stride_t, stride_d, length, BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    """Store [BLOCK, BLOCK_D] as rows start .. start + BLOCK of a head, what lies beyond it left out."""
+    ptrs = _tile_pointers(ptr, start, stride_t, stride_d, BLOCK, BLOCK_D)
+    mask_rows = (tl.arange(0, BLOCK) < length - start)[:, None]
+    mask_columns = (tl.arange(0, BLOCK_D) < HEAD_DIM)[None, :]
+    tl.store(ptrs, tile.to(ptr.dtype.element_ty), mask=mask_rows & mask_columns)
+
+
+@triton.jit
+def load_rows(ptr, start, length, other, BLOCK: tl.constexpr):
+    """One number a row, rows start .. start + BLOCK of a contiguous (T,) vector, [BLOCK]; `other` beyond `length`."""
+    rows = tl.arange(0, BLOCK)
+    return tl.load(ptr + start + rows, mask=rows < length - start, other=other)
+
+
+@triton.jit
+def causal_mask(first_row, first_key, shift, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """True where a query sees a key, [BLOCK_M, BLOCK_N]: key <= row + shift, with shift = Tk - Tq (bottom-right)."""
+    last_seen = tl.arange(0, BLOCK_M) + (first_row + shift - first_key)
+    return last_seen[:, None] >= tl.arange(0, BLOCK_N)[None, :]
+
+
+# Exponents of 16-bit inputs are held in base 2, where exp2(scores * scale - lse) is one multiply-add and one exponential.
+# Those of fp32 inputs are held in natural units and converted last: log2(e) rounded into every term would cost a bit.
+
+
+@triton.jit
+def exponent(x, like):
+    """A number in natural units (a scale, a log-sum-exp) in the units that tiles in the dtype of `like` use."""
+    if like.dtype == tl.float32:
+        return x
+    else:
+        return x * LOG2E
+
+
+@triton.jit
+def natural(x, like):
+    """The inverse of `exponent`."""
+    if like.dtype == tl.float32:
+        return x
+    else:
+        return x * LN2
+
+
+@triton.jit
+def exponential(x, like):
+    """e to the power of what `exponent` gave."""
+    if like.dtype == tl.float32:
+        return tl.exp2(x * LOG2E)
+    else:
+        return tl.exp2(x)

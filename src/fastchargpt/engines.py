@@ -1,0 +1,98 @@
+"""Which engine decodes: `auto` takes the native one where it serves and says once why where it does not."""
+
+import warnings
+from dataclasses import dataclass
+from typing import Literal
+
+from fastchargpt.decode import Engine, TorchEngine
+from fastchargpt.errors import BackendUnavailableError, SamplingError
+from fastchargpt.model import GPT
+from fastchargpt.native import NativeEngine, native_problem
+from fastchargpt.sampling import SamplingConfig
+
+__all__ = ["EngineConfig", "can_draw", "make_engine"]
+
+# Drafting pays where the fp32 weights do not stay in the processor's cache and their int8 copy does; below this a pass
+# over them costs little more than one over the copy (measured: bench/README.md).
+DRAFT_BYTES = 16 * 2**20
+# packing int8 weights takes as long as this many tokens
+DRAFT_TOKENS = 32
+
+_said: set[str] = set()
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """How tokens are computed; nothing here but `weights=int8` changes what is computed.
+
+    Raises:
+        SamplingError: a value is not one of its choices, or two contradict each other.
+    """
+
+    # native: one C++ call per token, for float32 models on a CPU; torch: everywhere; auto: native where it serves
+    engine: Literal["auto", "native", "torch"] = "auto"
+    # int8 decodes with rounded weights: faster where fp32 does not fit the cache, at a loss (bench/README.md has it)
+    weights: Literal["model", "int8"] = "model"
+    # draft tokens with int8 weights and let the fp32 weights judge several at once; the text is the same either way
+    speculate: Literal["auto", "on", "off"] = "auto"
+
+    def __post_init__(self) -> None:
+        for name, choices in (
+            ("engine", ("auto", "native", "torch")),
+            ("weights", ("model", "int8")),
+            ("speculate", ("auto", "on", "off")),
+        ):
+            if getattr(self, name) not in choices:
+                raise SamplingError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
+        if self.weights == "int8" and self.speculate == "on":
+            raise SamplingError("speculate='on' drafts for the model's own weights: drop it or weights='int8'")
+        if self.engine == "torch" and (self.weights == "int8" or self.speculate == "on"):
+            name = "weights='int8'" if self.weights == "int8" else "speculate='on'"
+            raise SamplingError(f"{name} needs the native engine: drop it or engine='torch'")
+
+
+def can_draw(config: SamplingConfig) -> bool:
+    """Whether the native code has all the knobs that are on: temperature and top_k."""
+    return (
+        config.top_p in (None, 1)
+        and config.min_p in (None, 0)
+        and config.typical_p in (None, 1)
+        and config.repetition_penalty == 1
+        and config.presence_penalty == config.frequency_penalty == 0
+        and not config.banned
+        and not config.logit_bias
+        and config.logprobs is None
+    )
+
+
+def make_engine(model: GPT, config: EngineConfig, sampling: SamplingConfig, batch_size: int, positions: int) -> Engine:
+    """The engine for `batch_size` sequences that reach `positions` tokens.
+
+    Raises:
+        BackendUnavailableError: the native engine was asked for and cannot serve; with the reason.
+        SamplingError: speculate="on" with more than one sequence, or knobs that it cannot judge.
+    """
+    explicit = config.engine == "native" or config.weights == "int8" or config.speculate == "on"
+    if config.engine == "torch":
+        return TorchEngine(model, batch_size, positions)
+    if (problem := native_problem(model)) is not None:
+        if explicit:
+            raise BackendUnavailableError(f"{problem}: take engine='torch'")
+        if model.lm_head.weight.device.type == "cpu" and problem not in _said:
+            _said.add(problem)
+            warnings.warn(f"{problem}; decoding in torch, which is slower", RuntimeWarning, stacklevel=2)
+        return TorchEngine(model, batch_size, positions)
+    return NativeEngine(
+        model, batch_size, positions, int8=config.weights == "int8", draft=_drafts(model, config, sampling, batch_size)
+    )
+
+
+def _drafts(model: GPT, config: EngineConfig, sampling: SamplingConfig, batch_size: int) -> bool:
+    if config.speculate == "on":
+        if batch_size > 1 or not can_draw(sampling):
+            why = f"{batch_size} sequences" if batch_size > 1 else "knobs beyond temperature and top_k"
+            raise SamplingError(f"speculate='on' serves one sequence with temperature and top_k, and there are {why}")
+        return True
+    size = 4 * model.get_num_params()
+    worth = size >= DRAFT_BYTES and sampling.max_new_tokens >= DRAFT_TOKENS
+    return config.speculate == "auto" and config.weights == "model" and batch_size == 1 and worth and can_draw(sampling)

@@ -1,0 +1,135 @@
+"""The native engine: whole decoding steps in one call, for float32 models on a CPU."""
+
+import weakref
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastchargpt.cache import KVCache
+from fastchargpt.decode import TorchEngine
+from fastchargpt.errors import BackendUnavailableError
+from fastchargpt.kernels.cpu_decode import ACTIVATIONS, NativeCache, NativeModel, library
+from fastchargpt.model import GPT
+from fastchargpt.sampling import SamplingConfig
+
+__all__ = ["AHEAD", "NativeEngine", "native_problem"]
+
+# tokens drafted before each pass of the fp32 weights; measured, see bench/README.md
+AHEAD = 8
+
+
+def native_problem(model: GPT) -> str | None:
+    """Why this model cannot be decoded natively here; None where it can. Builds the library if need be."""
+    weight = model.lm_head.weight
+    if weight.device.type != "cpu":
+        return f"the native decoder is for CPUs, and the model is on {weight.device}"
+    if weight.dtype != torch.float32:
+        return f"the native decoder is for float32, and the model is {str(weight.dtype).removeprefix('torch.')}"
+    try:
+        library()
+    except BackendUnavailableError as error:
+        return str(error)
+    return None
+
+
+class NativeEngine(TorchEngine):
+    """Decoding by kernels/cpu_decode.cpp; prompts are still read by the model itself, in one forward.
+
+    Args:
+        model: a float32 model on the CPU.
+        batch_size: sequences.
+        positions: tokens that a sequence may reach.
+        int8: use int8 weights, one scale per output, for every step.
+        draft: keep int8 weights beside the fp32 ones, to draft with.
+    """
+
+    def __init__(self, model: GPT, batch_size: int, positions: int, *, int8: bool = False, draft: bool = False) -> None:
+        super().__init__(model, batch_size, positions)
+        config = model.config
+        self.int8, self.draft = int8, draft
+        if config.position == "rope":
+            # room for the drafted tokens, so that they do not overwrite what the window still holds
+            self.cache = KVCache(config, batch_size, capacity=config.block_size + AHEAD)
+        self.native = _packed(model, wide=not int8, narrow=int8 or draft)
+        self.memory = NativeCache(self.cache.kv_L2BHSD, self.rope)
+        self._tokens, self._rows_in, self._positions = np.zeros((3, batch_size), np.int32)
+        self._logits = torch.empty(batch_size, config.vocab_size)
+
+    def step(self, rows: Sequence[int], tokens: Sequence[int], positions: Sequence[int]) -> Tensor:
+        """See `Engine`. The result is overwritten by the next step."""
+        count = len(rows)
+        self._tokens[:count], self._rows_in[:count], self._positions[:count] = tokens, rows, positions
+        self.native.step(
+            self.memory,
+            self._tokens[:count],
+            self._rows_in[:count],
+            self._positions[:count],
+            self._logits,
+            int8=self.int8,
+        )
+        return self._logits[:count]
+
+    def draw(self, logits: Tensor, vocab_size: int, config: SamplingConfig, u: Tensor) -> list[int]:
+        """Draw from what `step` returned; for knobs that `can_draw` allows."""
+        return self.native.draw(logits, vocab_size, config.temperature, config.top_k or 0, u.contiguous().numpy())
+
+    def speculate(
+        self, row: int, position: int, token: int, vocab_size: int, config: SamplingConfig, u: Tensor
+    ) -> list[int]:
+        """Append a token and draw 1 to len(u) more, the same that as many steps and draws would have given."""
+        return self.native.speculate(
+            self.memory,
+            row=row,
+            position=position,
+            token=token,
+            vocab_size=vocab_size,
+            temperature=config.temperature,
+            top_k=config.top_k or 0,
+            u=u.contiguous().numpy(),
+        )
+
+
+# model -> (what its weights were, the packed copy)
+_cache: "weakref.WeakKeyDictionary[GPT, tuple[tuple[object, ...], NativeModel]]" = weakref.WeakKeyDictionary()
+
+
+def _packed(model: GPT, *, wide: bool, narrow: bool) -> NativeModel:
+    """The packed weights, packed anew only where the weights changed."""
+    config = model.config
+    threads = torch.get_num_threads()
+    state = tuple((p.data_ptr(), p._version) for p in model.parameters())
+    found = _cache.get(model)
+    if found is not None:
+        (old_wide, old_narrow, *rest), packed = found
+        if rest == [threads, config, state] and old_wide >= wide and old_narrow >= narrow:
+            return packed
+        if rest == [threads, config, state]:
+            wide, narrow = wide or bool(old_wide), narrow or bool(old_narrow)
+    ints = [
+        config.n_layer,
+        config.n_embd,
+        config.n_head,
+        config.kv_heads,
+        config.head_dim,
+        config.block_size,
+        config.vocab_size,
+        config.norm == "rmsnorm",
+        ACTIVATIONS[config.activation],
+        config.qk_norm,
+        config.position == "rope",
+        threads,
+        wide,
+        narrow,
+    ]
+    parts = model.transformer
+    weights = [parts.wte.weight, parts.wpe.weight if config.position == "learned" else None]
+    for block in parts.h:
+        for module in (block.ln_1, block.attn.c_attn, block.attn.c_proj, block.ln_2, block.mlp.c_fc, block.mlp.c_proj):
+            weights += [getattr(module, "weight", None), getattr(module, "bias", None)]
+    for module in (parts.ln_f, model.lm_head):
+        weights += [getattr(module, "weight", None), getattr(module, "bias", None)]
+    packed = NativeModel([int(value) for value in ints], config.logit_softcap or 0.0, weights)
+    _cache[model] = ((wide, narrow, threads, config, state), packed)
+    return packed
