@@ -45,9 +45,7 @@ def test_kernels_on_a_gpu(shape: tuple[int, ...], dtype: torch.dtype, causal: bo
     results = []
     for backend, precision in (("triton", dtype), ("naive", torch.float64), ("naive", dtype)):
         torch.manual_seed(1)  # the same dropout mask for all three
-        results.append(
-            gradients(q, k, v, dout, precision, causal=causal, dropout_p=dropout_p, backend=backend)
-        )
+        results.append(gradients(q, k, v, dout, precision, causal=causal, dropout_p=dropout_p, backend=backend))
     largest = max(float(x.detach().nan_to_num(posinf=0.0, neginf=0.0).abs().max()) for x in results[1])
     rounding = (torch.finfo(dtype).eps + 1e-6) * largest
     for got, want, plain in zip(*results, strict=True):
