@@ -151,7 +151,7 @@ def everything(*, thorough: bool) -> Iterator[tuple[str, Entry, Case]]:
     """Every entry of every table, in every case that it has to pass."""
     for target in known_archs():
         for entry in load_table(target):
-            for case in cases(entry, thorough=thorough):
+            for case in cases(entry, load_table(target), thorough=thorough):
                 yield target, entry, case
 
 
