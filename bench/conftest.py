@@ -95,7 +95,7 @@ def rank(
 
     def report(contest: str, name: str, entrants: Callable[[], Entrants], **facts: Any) -> None:
         if contest not in contests:
-            contests[contest] = hold(entrants(), settings.device, seconds=settings.seconds)
+            contests[contest] = hold(entrants(), settings.device, seconds=settings.seconds, rounds=settings.rounds)
         result = contests[contest][name]
         if result.timing is None:
             why = result.wrong or result.absent or ""

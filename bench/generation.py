@@ -55,7 +55,8 @@ def entrants(errand: Errand, settings: Settings) -> dict[str, Callable[[], Conte
 
     def build(name: str) -> Contestant:
         write = _write(name, model, prompt, errand, settings)
-        facts = {"tokens": errand.batch * errand.tokens}
+        side = {"fastchargpt": "ours", "uncached": "reference"}.get(name, "peer")
+        facts = {"tokens": errand.batch * errand.tokens, "side": side}
         return Contestant(call=write, check=lambda: _judge(write(), truth()), facts=facts)
 
     return {name: functools.partial(build, name) for name in CONTESTANTS}

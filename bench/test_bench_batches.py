@@ -1,6 +1,7 @@
 """Batches: one gather from narrow tokens, beside the usual loop that slices and stacks."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -26,7 +27,7 @@ def slice_and_stack(tokens: Tensor, batch_size: int, block_size: int, device: to
 
 def entrants(batch_size: int, block_size: int, device: torch.device) -> dict[str, Callable[[], Contestant]]:
     tokens = torch.randint(65, (TOKENS,), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    facts = {"tokens": batch_size * block_size}
+    facts = {"tokens": batch_size * block_size, "side": "ours"}
 
     def judge(draw: Callable[[], Batch]) -> str | None:
         torch.manual_seed(5)
@@ -51,10 +52,14 @@ def entrants(batch_size: int, block_size: int, device: torch.device) -> dict[str
 
         return Contestant(call=batches.next_batch, check=judge_epoch, facts=facts)
 
+    def stacked() -> Contestant:
+        drawn = contestant(lambda: slice_and_stack(tokens, batch_size, block_size, device))
+        return replace(drawn, facts={**facts, "side": "peer"})
+
     return {
         "random": random,
         "epochs": epochs,
-        "slice-and-stack": lambda: contestant(lambda: slice_and_stack(tokens, batch_size, block_size, device)),
+        "slice-and-stack": stacked,
     }
 
 

@@ -98,7 +98,8 @@ def entrants(work: Work, settings: Settings) -> dict[str, Callable[[], Contestan
         losses = [float(step(*batch)) for batch in itertools.islice(itertools.cycle(batches), CHECKED_STEPS)]
         turn = itertools.cycle(batches)
         tokens = work.batch_size * work.shape.block_size
-        facts = {"flops": flops * tokens, "tokens": tokens, "precision": precision, "roof_flops": roof.flops}
+        side = "peer" if name.startswith("peer-") else "ours"
+        facts = {"side": side, "match": family, "flops": flops * tokens, "tokens": tokens, "precision": precision, "roof_flops": roof.flops}
         return Contestant(
             call=lambda: step(*next(turn)),
             check=lambda: _judge(losses, oracle(family), TOLERANCE[precision]),
