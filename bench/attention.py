@@ -9,10 +9,10 @@ from typing import Literal, NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F
+from fastchargpt.bench.contest import Absent, Contestant
 from torch import Tensor
 
 from fastchargpt.attention import causal_attention, causal_attention_packed
-from fastchargpt.bench.contest import Absent, Contestant
 from fastchargpt.parity import attention_inputs, check_attention
 
 __all__ = ["CONTESTANTS", "PASSES", "Shape", "entrants", "floor_bytes", "flops", "shapes"]
@@ -79,7 +79,9 @@ def entrants(shape: Shape, what: Pass, dtype: torch.dtype, device: torch.device)
 
     def build(name: str) -> Contestant:
         entry = CONTESTANTS[name](inputs[0])
-        return Contestant(call=_timed(entry, inputs, what), check=lambda: _judge(entry, inputs), facts={**facts, "side": _side(name)})
+        return Contestant(
+            call=_timed(entry, inputs, what), check=lambda: _judge(entry, inputs), facts={**facts, "side": _side(name)}
+        )
 
     return {name: functools.partial(build, name) for name in CONTESTANTS}
 
@@ -94,8 +96,8 @@ def _judge(entry: Entry, inputs: Inputs) -> str | None:
     if parity.right:
         return None
     return (
-        f"its errors against float64 are {parity.output:.2f} (output) and {parity.gradients:.2f} (gradients) times what "
-        "plain PyTorch's own errors allow"
+        f"its errors against float64 are {parity.output:.2f} (output) and {parity.gradients:.2f} (gradients) times "
+        "what plain PyTorch's own errors allow"
     )
 
 

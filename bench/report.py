@@ -93,7 +93,9 @@ def machine_lines(run: Run) -> list[str]:
     lines.append(f"settings: {'quick' if machine.get('quick') else 'full'}; peers: {peers or 'none'}")
     load = machine.get("load")
     if load is not None and load > 1.5 and not gpu:
-        lines.append(f"the machine was busy (load {load:.1f} at the end): compare within a contest, not with other runs")
+        lines.append(
+            f"the machine was busy (load {load:.1f} at the end): compare within a contest, not with other runs"
+        )
     return lines
 
 

@@ -99,7 +99,9 @@ def source_commit() -> str:
     """The commit of this checkout, with a + where it has been changed since; empty where it is not a checkout."""
     here = Path(__file__).resolve().parent
     commit = _commit(here)
-    changes = subprocess.run(["git", "status", "--porcelain"], cwd=here, capture_output=True, text=True) if commit else None
+    changes = (
+        subprocess.run(["git", "status", "--porcelain"], cwd=here, capture_output=True, text=True) if commit else None
+    )
     return commit + ("+" if changes and changes.stdout.strip() else "")
 
 

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from fastchargpt.bench.contest import Contestant
+from fastchargpt.bench.settings import Settings
 from torch import Tensor
 
 from fastchargpt.batches import TokenBatches
-from fastchargpt.bench.contest import Contestant
-from fastchargpt.bench.settings import Settings
 
 SIZES = [(12, 64), (64, 256)]
 TOKENS = 1_000_000
@@ -44,7 +44,9 @@ def entrants(batch_size: int, block_size: int, device: torch.device) -> dict[str
         return contestant(TokenBatches(tokens, batch_size=batch_size, block_size=block_size, device=device).next_batch)
 
     def epochs() -> Contestant:
-        batches = TokenBatches(tokens, batch_size=batch_size, block_size=block_size, device=device, order="epochs", seed=1)
+        batches = TokenBatches(
+            tokens, batch_size=batch_size, block_size=block_size, device=device, order="epochs", seed=1
+        )
 
         def judge_epoch() -> str | None:
             x, y = batches.next_batch()

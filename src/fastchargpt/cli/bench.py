@@ -39,7 +39,9 @@ def _suite(words: Sequence[str]) -> int:
     parser.add_argument("subjects", nargs="*", metavar="SUBJECT", help=f"{', '.join(SUBJECTS)}; all unless named")
     parser.add_argument("--quick", action="store_true", help="fewer shapes: under 3 minutes on 2 CPU cores")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
-    parser.add_argument("--peer", action="append", default=[], metavar="NAME=PATH", help="nanogpt or lecture: a checkout")
+    parser.add_argument(
+        "--peer", action="append", default=[], metavar="NAME=PATH", help="nanogpt or lecture: a checkout"
+    )
     parser.add_argument("--out", type=Path, default=Path("bench.json"), help="the results (default: %(default)s)")
     options = parser.parse_args(words)
     for subject in options.subjects:
@@ -50,9 +52,7 @@ def _suite(words: Sequence[str]) -> int:
             )
     missing = [name for name in ("pytest", "pytest_benchmark") if importlib.util.find_spec(name) is None]
     if missing:
-        raise BackendUnavailableError(
-            f"the benchmarks need {' and '.join(missing)}: pip install 'fastchargpt[bench]'"
-        )
+        raise BackendUnavailableError(f"the benchmarks need {' and '.join(missing)}: pip install 'fastchargpt[bench]'")
     import fastchargpt.bench
     from fastchargpt.bench.settings import settings_from
 
@@ -61,7 +61,11 @@ def _suite(words: Sequence[str]) -> int:
     files = [str(folder / f"test_bench_{subject}.py") for subject in options.subjects or SUBJECTS]
     command = [sys.executable, "-m", "pytest", "-q", "-rfE", "-p", "no:cacheprovider", "-c", os.devnull]
     command += [f"--rootdir={folder}", "--benchmark-columns=median,rounds", "--benchmark-sort=mean"]
-    command += [f"--benchmark-json={options.out}", f"--device={options.device}", *(["--quick"] if options.quick else [])]
+    command += [
+        f"--benchmark-json={options.out}",
+        f"--device={options.device}",
+        *(["--quick"] if options.quick else []),
+    ]
     status = subprocess.run([*command, *(f"--peer={peer}" for peer in options.peer), *files]).returncode
     if options.out.is_file():
         print(f"saved {options.out}; `fastchargpt bench report {options.out}` makes a page of it")
@@ -70,7 +74,9 @@ def _suite(words: Sequence[str]) -> int:
 
 def _report(words: Sequence[str]) -> int:
     parser = _parser("bench report")
-    parser.add_argument("results", nargs="+", type=Path, metavar="FILE.json", help="one result, or two: before and after")
+    parser.add_argument(
+        "results", nargs="+", type=Path, metavar="FILE.json", help="one result, or two: before and after"
+    )
     parser.add_argument("--out", type=Path, default=Path("report.html"), help="the page (default: %(default)s)")
     options = parser.parse_args(words)
     if len(options.results) > 2:
