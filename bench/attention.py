@@ -9,10 +9,10 @@ from typing import Literal, NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F
+from fastchargpt.bench.contest import Absent, Contestant
 from torch import Tensor
 
 from fastchargpt.attention import causal_attention, causal_attention_packed
-from fastchargpt.bench.contest import Absent, Contestant
 from fastchargpt.parity import attention_inputs, check_attention
 
 __all__ = ["CONTESTANTS", "PASSES", "Shape", "entrants", "floor_bytes", "flops", "shapes"]
@@ -38,7 +38,7 @@ class Shape:
 
 def shapes(device: torch.device, *, quick: bool) -> list[Shape]:
     """Shapes of one training step's work each: width 384, and as many tokens as fill the device."""
-    tokens = 16_384 if device.type == "cuda" else 2048 if quick else 4096
+    tokens = 16_384 if device.type == "cuda" else 1024 if quick else 4096
     if quick:
         sizes = [(64, 32), (256, 64), (1024, 64)]
     else:
@@ -79,9 +79,15 @@ def entrants(shape: Shape, what: Pass, dtype: torch.dtype, device: torch.device)
 
     def build(name: str) -> Contestant:
         entry = CONTESTANTS[name](inputs[0])
-        return Contestant(call=_timed(entry, inputs, what), check=lambda: _judge(entry, inputs), facts=facts)
+        return Contestant(
+            call=_timed(entry, inputs, what), check=lambda: _judge(entry, inputs), facts={**facts, "side": _side(name)}
+        )
 
     return {name: functools.partial(build, name) for name in CONTESTANTS}
+
+
+def _side(name: str) -> str:
+    return "ours" if name.startswith("triton") else "reference" if name == "naive" else "peer"
 
 
 def _judge(entry: Entry, inputs: Inputs) -> str | None:
@@ -90,8 +96,8 @@ def _judge(entry: Entry, inputs: Inputs) -> str | None:
     if parity.right:
         return None
     return (
-        f"its errors against float64 are {parity.output:.2f} (output) and {parity.gradients:.2f} (gradients) times what "
-        "plain PyTorch's own errors allow"
+        f"its errors against float64 are {parity.output:.2f} (output) and {parity.gradients:.2f} (gradients) times "
+        "what plain PyTorch's own errors allow"
     )
 
 

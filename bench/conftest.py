@@ -10,6 +10,7 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the profiler that counts memor
 
 from fastchargpt.bench.contest import Contestant, Result, hold
 from fastchargpt.bench.settings import Settings, describe_run, settings_from
+
 from fastchargpt.errors import FastchargptError
 
 Entrants = Mapping[str, Callable[[], Contestant]]
@@ -44,7 +45,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("fastchargpt")
     group.addoption("--quick", action="store_true", help="fewer shapes: under 3 minutes on 2 CPU cores")
     group.addoption("--device", default="auto", help="auto, cpu, cuda, cuda:N (default: auto)")
-    group.addoption("--peer", action="append", default=[], help="nanogpt=PATH or lecture=PATH: a checkout to compare with")
+    group.addoption(
+        "--peer", action="append", default=[], help="nanogpt=PATH or lecture=PATH: a checkout to compare with"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -95,7 +98,7 @@ def rank(
 
     def report(contest: str, name: str, entrants: Callable[[], Entrants], **facts: Any) -> None:
         if contest not in contests:
-            contests[contest] = hold(entrants(), settings.device, seconds=settings.seconds)
+            contests[contest] = hold(entrants(), settings.device, seconds=settings.seconds, rounds=settings.rounds)
         result = contests[contest][name]
         if result.timing is None:
             why = result.wrong or result.absent or ""

@@ -11,8 +11,7 @@ from fastchargpt.timing import Timing, race
 
 __all__ = ["Absent", "Contestant", "Result", "hold", "peak_memory"]
 
-# Two runs of one contestant that differ by less than this may be noise; a wider band is taken from the samples.
-MIN_ROUNDS, MAX_ROUNDS = 7, 400
+MAX_ROUNDS = 400
 
 
 class Absent(Exception):
@@ -46,7 +45,12 @@ class Result:
 
 
 def hold(
-    entrants: Mapping[str, Callable[[], Contestant]], device: torch.device, *, seconds: float, warmup: int = 2
+    entrants: Mapping[str, Callable[[], Contestant]],
+    device: torch.device,
+    *,
+    seconds: float,
+    rounds: int,
+    warmup: int = 1,
 ) -> dict[str, Result]:
     """Build and check every entrant, then time those that are right, in turns.
 
@@ -55,7 +59,8 @@ def hold(
             contestant cannot be had.
         device: where they compute.
         seconds: time to spend on timing all of them.
-        warmup: untimed calls of each.
+        rounds: timed calls of each at least.
+        warmup: untimed calls of each, beside the two that check it and count its memory.
     """
     results: dict[str, Result] = {}
     ready: dict[str, Contestant] = {}
@@ -78,7 +83,7 @@ def hold(
         device,
         seconds=seconds,
         warmup=warmup,
-        min_rounds=MIN_ROUNDS,
+        min_rounds=rounds,
         max_rounds=MAX_ROUNDS,
     )
     for name, contestant in ready.items():

@@ -7,11 +7,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
-
 from fastchargpt.bench.contest import Absent, Contestant
 from fastchargpt.bench.peers import nanogpt_model
 from fastchargpt.bench.settings import Settings
+from torch import Tensor
+
 from fastchargpt.config import GPTConfig
 from fastchargpt.model import GPT
 
@@ -38,7 +38,9 @@ def errands(device: torch.device, *, quick: bool) -> list[Errand]:
     if quick:
         return [Errand("4x128", 1, 64, small)]
     models = [("4x128", small), ("6x384", large)]
-    return [Errand(name, batch, 240, config) for name, config in models for batch in (1, 64 if device.type == "cuda" else 8)]
+    return [
+        Errand(name, batch, 240, config) for name, config in models for batch in (1, 64 if device.type == "cuda" else 8)
+    ]
 
 
 def entrants(errand: Errand, settings: Settings) -> dict[str, Callable[[], Contestant]]:
@@ -55,7 +57,8 @@ def entrants(errand: Errand, settings: Settings) -> dict[str, Callable[[], Conte
 
     def build(name: str) -> Contestant:
         write = _write(name, model, prompt, errand, settings)
-        facts = {"tokens": errand.batch * errand.tokens}
+        side = {"fastchargpt": "ours", "uncached": "reference"}.get(name, "peer")
+        facts = {"tokens": errand.batch * errand.tokens, "side": side}
         return Contestant(call=write, check=lambda: _judge(write(), truth()), facts=facts)
 
     return {name: functools.partial(build, name) for name in CONTESTANTS}
@@ -71,7 +74,7 @@ def _write(name: str, model: GPT, prompt: Tensor, errand: Errand, settings: Sett
     with contextlib.redirect_stdout(io.StringIO()):
         peer = nanogpt_model(settings.peers["nanogpt"], errand.config).to(settings.device).eval()
     peer.load_state_dict(model.state_dict())
-    return lambda: peer.generate(prompt, errand.tokens, top_k=1)  # type: ignore[operator, no-any-return]
+    return lambda: peer.generate(prompt, errand.tokens, top_k=1)  # type: ignore[operator]
 
 
 def _double(model: GPT) -> GPT:

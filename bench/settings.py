@@ -14,8 +14,9 @@ from fastchargpt import __version__
 from fastchargpt.errors import ConfigError
 from fastchargpt.machine import cpu_name, first_line, memory_bytes, nvidia_driver
 from fastchargpt.precision import choose_device
+from fastchargpt.roofline import measure_roof
 
-__all__ = ["PEERS", "Settings", "describe_run", "parse_peers", "source_commit"]
+__all__ = ["PEERS", "Settings", "describe_run", "parse_peers", "settings_from", "source_commit"]
 
 PEERS = ("nanogpt", "lecture")
 
@@ -34,6 +35,11 @@ class Settings:
     def seconds(self) -> float:
         """Time for one contest."""
         return 0.5 if self.quick else 3.0
+
+    @property
+    def rounds(self) -> int:
+        """Timed calls of each contestant at least, however long they take."""
+        return 5 if self.quick else 11
 
 
 def parse_peers(words: list[str]) -> dict[str, Path]:
@@ -71,6 +77,7 @@ def describe_run(settings: Settings) -> dict[str, Any]:
         "commit": source_commit(),
         "quick": settings.quick,
         "peers": {name: _commit(path) for name, path in settings.peers.items()},
+        "roof": {name: vars(measure_roof(device, dtype)) for name, dtype in _roof_dtypes(device).items()},
         "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
     }
     if device.type == "cuda":
@@ -84,11 +91,17 @@ def describe_run(settings: Settings) -> dict[str, Any]:
     return facts
 
 
+def _roof_dtypes(device: torch.device) -> dict[str, torch.dtype]:
+    return {"bf16": torch.bfloat16, "fp32": torch.float32} if device.type == "cuda" else {"fp32": torch.float32}
+
+
 def source_commit() -> str:
     """The commit of this checkout, with a + where it has been changed since; empty where it is not a checkout."""
     here = Path(__file__).resolve().parent
     commit = _commit(here)
-    changes = subprocess.run(["git", "status", "--porcelain"], cwd=here, capture_output=True, text=True) if commit else None
+    changes = (
+        subprocess.run(["git", "status", "--porcelain"], cwd=here, capture_output=True, text=True) if commit else None
+    )
     return commit + ("+" if changes and changes.stdout.strip() else "")
 
 

@@ -1,15 +1,16 @@
 """Batches: one gather from narrow tokens, beside the usual loop that slices and stacks."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from fastchargpt.bench.contest import Contestant
+from fastchargpt.bench.settings import Settings
 from torch import Tensor
 
 from fastchargpt.batches import TokenBatches
-from fastchargpt.bench.contest import Contestant
-from fastchargpt.bench.settings import Settings
 
 SIZES = [(12, 64), (64, 256)]
 TOKENS = 1_000_000
@@ -26,7 +27,7 @@ def slice_and_stack(tokens: Tensor, batch_size: int, block_size: int, device: to
 
 def entrants(batch_size: int, block_size: int, device: torch.device) -> dict[str, Callable[[], Contestant]]:
     tokens = torch.randint(65, (TOKENS,), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    facts = {"tokens": batch_size * block_size}
+    facts = {"tokens": batch_size * block_size, "side": "ours"}
 
     def judge(draw: Callable[[], Batch]) -> str | None:
         torch.manual_seed(5)
@@ -43,7 +44,9 @@ def entrants(batch_size: int, block_size: int, device: torch.device) -> dict[str
         return contestant(TokenBatches(tokens, batch_size=batch_size, block_size=block_size, device=device).next_batch)
 
     def epochs() -> Contestant:
-        batches = TokenBatches(tokens, batch_size=batch_size, block_size=block_size, device=device, order="epochs", seed=1)
+        batches = TokenBatches(
+            tokens, batch_size=batch_size, block_size=block_size, device=device, order="epochs", seed=1
+        )
 
         def judge_epoch() -> str | None:
             x, y = batches.next_batch()
@@ -51,10 +54,14 @@ def entrants(batch_size: int, block_size: int, device: torch.device) -> dict[str
 
         return Contestant(call=batches.next_batch, check=judge_epoch, facts=facts)
 
+    def stacked() -> Contestant:
+        drawn = contestant(lambda: slice_and_stack(tokens, batch_size, block_size, device))
+        return replace(drawn, facts={**facts, "side": "peer"})
+
     return {
         "random": random,
         "epochs": epochs,
-        "slice-and-stack": lambda: contestant(lambda: slice_and_stack(tokens, batch_size, block_size, device)),
+        "slice-and-stack": stacked,
     }
 
 

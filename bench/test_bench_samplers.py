@@ -5,10 +5,9 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-
 from fastchargpt.bench.contest import Contestant
 from fastchargpt.bench.settings import Settings
+from torch import Tensor
 
 # knobs of SamplingConfig; `plain` is softmax and multinomial, written here
 KNOBS: dict[str, dict[str, Any]] = {
@@ -26,16 +25,16 @@ def allowed(logits: Tensor, knobs: dict[str, Any]) -> Tensor:
     probabilities = logits.double().softmax(dim=-1)
     ordered, order = probabilities.sort(dim=-1, descending=True)
     rank = order.argsort(dim=-1)
+    mask = torch.ones_like(rank, dtype=torch.bool)
     if knobs.get("temperature") == 0:
-        return rank == 0
-    if "top_k" in knobs:
-        return rank < knobs["top_k"]
-    if "top_p" in knobs:
-        before = (ordered.cumsum(dim=-1) - ordered).gather(1, rank)
-        return before < knobs["top_p"]
-    if "min_p" in knobs:
-        return probabilities >= knobs["min_p"] * ordered[:, :1]
-    return torch.ones_like(rank, dtype=torch.bool)
+        mask = rank == 0
+    elif "top_k" in knobs:
+        mask = rank < knobs["top_k"]
+    elif "top_p" in knobs:
+        mask = (ordered.cumsum(dim=-1) - ordered).gather(1, rank) < knobs["top_p"]
+    elif "min_p" in knobs:
+        mask = probabilities >= knobs["min_p"] * ordered[:, :1]
+    return mask
 
 
 def entrants(batch: int, vocab_size: int, device: torch.device) -> dict[str, Callable[[], Contestant]]:
@@ -70,4 +69,9 @@ def entrants(batch: int, vocab_size: int, device: torch.device) -> dict[str, Cal
 @pytest.mark.parametrize(("batch", "vocab_size"), [(1, 65), (16, 50304)])
 @pytest.mark.parametrize("contestant", list(KNOBS))
 def test_samplers(rank: Any, settings: Settings, contestant: str, batch: int, vocab_size: int) -> None:
-    rank(f"samplers B{batch} V{vocab_size}", contestant, lambda: entrants(batch, vocab_size, settings.device), subject="samplers")
+    rank(
+        f"samplers B{batch} V{vocab_size}",
+        contestant,
+        lambda: entrants(batch, vocab_size, settings.device),
+        subject="samplers",
+    )

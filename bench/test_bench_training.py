@@ -3,7 +3,6 @@
 from typing import Any
 
 import pytest
-
 from fastchargpt.bench.settings import Settings, settings_from
 from fastchargpt.bench.training import contestants, entrants, works
 

@@ -9,11 +9,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, nn
-
 from fastchargpt.bench.contest import Absent, Contestant
 from fastchargpt.bench.peers import lecture_model, nanogpt_model
 from fastchargpt.bench.settings import Settings
+from torch import Tensor, nn
+
 from fastchargpt.config import Family, GPTConfig
 from fastchargpt.errors import BackendUnavailableError
 from fastchargpt.model import GPT
@@ -66,18 +66,13 @@ def works(device: torch.device, *, quick: bool) -> list[Work]:
 
 def contestants(device: torch.device, *, quick: bool) -> list[str]:
     """Names of the contestants, the peers' at the end."""
-    precisions = ["fp32", "tf32", "bf16"] if device.type == "cuda" else ["fp32", "bf16"]
-    if quick:  # a cold compile takes half a minute on a CPU
-        recipes = [Recipe(family, "fp32", False) for family in ("nanogpt", "lecture", "modern")]
-        if device.type == "cuda":
-            recipes += [Recipe("nanogpt", "bf16", False), Recipe("nanogpt", "bf16", True)]
+    gpu = device.type == "cuda"
+    families: tuple[Family, ...] = ("nanogpt", "lecture", "modern")
+    if quick:  # a cold compile takes half a minute on a CPU, and bf16 without AMX is ten times slower than fp32
+        recipes = [Recipe(family, "bf16" if gpu else "fp32", gpu) for family in families]
     else:
-        recipes = [
-            Recipe(family, precision, compiled)
-            for family, precision, compiled in itertools.product(
-                ("nanogpt", "lecture", "modern"), precisions, (False, True)
-            )
-        ]
+        precisions = ("fp32", "tf32", "bf16") if gpu else ("fp32", "bf16")
+        recipes = [Recipe(*each) for each in itertools.product(families, precisions, (False, True))]
     return [*map(str, recipes), "peer-nanogpt", "peer-lecture"]
 
 
@@ -98,7 +93,15 @@ def entrants(work: Work, settings: Settings) -> dict[str, Callable[[], Contestan
         losses = [float(step(*batch)) for batch in itertools.islice(itertools.cycle(batches), CHECKED_STEPS)]
         turn = itertools.cycle(batches)
         tokens = work.batch_size * work.shape.block_size
-        facts = {"flops": flops * tokens, "tokens": tokens, "precision": precision, "roof_flops": roof.flops}
+        side = "peer" if name.startswith("peer-") else "ours"
+        facts = {
+            "side": side,
+            "match": family,
+            "flops": flops * tokens,
+            "tokens": tokens,
+            "precision": precision,
+            "roof_flops": roof.flops,
+        }
         return Contestant(
             call=lambda: step(*next(turn)),
             check=lambda: _judge(losses, oracle(family), TOLERANCE[precision]),
@@ -149,9 +152,7 @@ def _plain_step(model: nn.Module, *, clip: bool, decay_all: bool) -> Callable[[T
     return _loop_body(model, optimizer, clip=clip)
 
 
-def _loop_body(
-    model: nn.Module, optimizer: torch.optim.Optimizer, *, clip: bool
-) -> Callable[[Tensor, Tensor], Tensor]:
+def _loop_body(model: nn.Module, optimizer: torch.optim.Optimizer, *, clip: bool) -> Callable[[Tensor, Tensor], Tensor]:
     def step(x: Tensor, y: Tensor) -> Tensor:
         loss: Tensor = model(x, y)[1]
         loss.backward()
@@ -203,7 +204,8 @@ def _peer(name: str, work: Work, settings: Settings) -> Step:
             optimizer = model.configure_optimizers(WEIGHT_DECAY, LEARNING_RATE, BETAS, device.type)  # type: ignore[operator]
         model.load_state_dict(ours.state_dict())
         if device.type == "cuda":
-            return _autocast_step(torch.compile(model), optimizer), "nanogpt", "bf16", ours.flops_per_token()
+            model.compile()
+            return _autocast_step(model, optimizer), "nanogpt", "bf16", ours.flops_per_token()
         return _loop_body(model, optimizer, clip=True), "nanogpt", "fp32", ours.flops_per_token()
     from fastchargpt.integrations.lecture import to_lecture
 

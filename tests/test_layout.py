@@ -41,6 +41,7 @@ STAGES = [
     ["engines"],
     ["generation"],
     ["integrations", "convert"],
+    ["bench"],
     ["finding", "diagnosis", "doctor", "cli"],
 ]
 # A method that nanoGPT's GPT has and ours therefore has too, imported when it is called.

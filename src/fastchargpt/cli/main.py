@@ -17,6 +17,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "sample": ("fastchargpt.cli.sample", "write text with a trained model"),
     "eval": ("fastchargpt.cli.evaluate", "measure a trained model's loss on a whole split"),
     "convert": ("fastchargpt.cli.convert", "bring a model in from another format, or take one out"),
+    "bench": ("fastchargpt.cli.bench", "measure this machine against peers, draw the report"),
     "doctor": ("fastchargpt.doctor", "say what this machine can do, and what is missing"),
 }
 
