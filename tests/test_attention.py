@@ -187,9 +187,9 @@ def test_a_gpu_without_triton_says_so_once(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(availability, "_ANSWERS", {})
     monkeypatch.setattr(availability, "_probe", lambda *_: "Triton is not installed")
     with pytest.warns(UserWarning, match="SDPA, because Triton is not installed"):
-        assert availability.triton_problem("cuda", 0, False) == "Triton is not installed"
+        assert availability.triton_problem("cuda", 0, torch.float32, 64, False) == "Triton is not installed"
     with warnings.catch_warnings(action="error"):
-        assert availability.triton_problem("cuda", 0, False) == "Triton is not installed"
+        assert availability.triton_problem("cuda", 0, torch.float32, 64, False) == "Triton is not installed"
 
 
 def test_explain_says_which_and_why() -> None:

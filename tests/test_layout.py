@@ -40,7 +40,7 @@ STAGES = [
     ["native"],
     ["engines"],
     ["generation"],
-    ["integrations"],
+    ["integrations", "convert"],
     ["bench"],
     ["finding", "diagnosis", "doctor", "cli"],
 ]

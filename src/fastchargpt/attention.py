@@ -183,7 +183,7 @@ def choose_backend(
         if q.numel() == 0 or k.numel() == 0:
             return "naive", "nothing is to be computed for an empty batch or sequence"
         if q.is_cuda:
-            problem = _triton_refusal(q)
+            problem = _triton_refusal(q, dropout_p)
             if problem is None:
                 return "triton", "the tensors are on a GPU that the Triton kernels serve"
             if return_lse:
@@ -201,14 +201,14 @@ def choose_backend(
             )
         return ("naive" if q.numel() == 0 or k.numel() == 0 else "sdpa"), "it was asked for by name"
     if backend == "triton":
-        problem = _triton_refusal(q)
+        problem = _triton_refusal(q, dropout_p)
         if problem is not None:
             raise BackendUnavailableError(f"backend 'triton' cannot serve: {problem}; use backend 'auto' or 'sdpa'")
         return ("naive" if q.numel() == 0 or k.numel() == 0 else "triton"), "it was asked for by name"
     raise AttentionError(f"backend must be one of {', '.join(BACKENDS)}; got {backend!r}{nearest(backend, BACKENDS)}")
 
 
-def _triton_refusal(q: torch.Tensor) -> str | None:
+def _triton_refusal(q: torch.Tensor, dropout_p: float) -> str | None:
     """Why the Triton kernels cannot serve a query like q, or None when they can."""
     dtype, head_dim = q.dtype, q.shape[-1]
     if torch.is_autocast_enabled(q.device.type):
@@ -217,7 +217,7 @@ def _triton_refusal(q: torch.Tensor) -> str | None:
         return "the Triton kernels have no float64"
     if not _TRITON_HEAD_DIM[0] <= head_dim <= _TRITON_HEAD_DIM[1]:
         return f"the Triton kernels take a head_dim from 8 to 256, and it is {head_dim}"
-    return triton_problem(q.device.type, q.device.index or 0, dtype == torch.bfloat16)
+    return triton_problem(q.device.type, q.device.index or 0, dtype, head_dim, dropout_p > 0.0)
 
 
 def _unpack(qkv: torch.Tensor, n_head: int, n_kv_head: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
