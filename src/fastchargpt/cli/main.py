@@ -16,11 +16,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("fastchargpt.cli.train", "train a GPT on a text"),
     "sample": ("fastchargpt.cli.sample", "write text with a trained model"),
     "eval": ("fastchargpt.cli.evaluate", "measure a trained model's loss on a whole split"),
-<<<<<<< HEAD
-    "bench": ("fastchargpt.cli.bench", "measure this machine against peers, draw the report"),
-=======
     "convert": ("fastchargpt.cli.convert", "bring a model in from another format, or take one out"),
->>>>>>> main
+    "bench": ("fastchargpt.cli.bench", "measure this machine against peers, draw the report"),
     "doctor": ("fastchargpt.doctor", "say what this machine can do, and what is missing"),
 }
 
