@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
 from fastchargpt.bench.charts import chart
 from fastchargpt.bench.report import to_html, to_markdown, write_report
 from fastchargpt.bench.results import Row, Run, changes, load_run, rivalries
+
 from fastchargpt.cli.main import main
 from fastchargpt.errors import ConfigError
 
@@ -87,7 +87,9 @@ def test_a_run_is_read(tmp_path: Path) -> None:
 
 
 def test_rivals_compute_the_same(tmp_path: Path) -> None:
-    pairs = [(ours.contestant, peer.contestant) for ours, peer in rivalries(load_run(save(tmp_path / "a.json", ENTRIES)))]
+    pairs = [
+        (ours.contestant, peer.contestant) for ours, peer in rivalries(load_run(save(tmp_path / "a.json", ENTRIES)))
+    ]
     assert pairs == [("triton", "sdpa")] * 3 + [("nanogpt-fp32-eager", "peer-nanogpt")]
 
 
@@ -115,7 +117,14 @@ def test_the_page(tmp_path: Path) -> None:
     assert "A &lt;CPU&gt;" in text
     assert "prefers-color-scheme: dark" in text
     table = markdown.read_text(encoding="utf-8")
-    for words in ("No GPU has run this yet", "within noise", "| 0.50x | slower |", "| 2.00x | faster |", "liar", "no backward \\| on"):
+    for words in (
+        "No GPU has run this yet",
+        "within noise",
+        "| 0.50x | slower |",
+        "| 2.00x | faster |",
+        "liar",
+        "no backward \\| on",
+    ):
         assert words in table, words
     widths = {line.count("|") - line.count("\\|") for line in table.split("## Ours")[1].split("\n\n")[2].splitlines()}
     assert len(widths) == 1

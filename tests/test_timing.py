@@ -14,7 +14,9 @@ CPU = torch.device("cpu")
 
 def test_turns_rotate() -> None:
     calls: list[str] = []
-    times = race({name: lambda name=name: calls.append(name) for name in "abc"}, CPU, seconds=0.0, warmup=1, min_rounds=3)  # type: ignore[misc]
+    times = race(
+        {name: lambda name=name: calls.append(name) for name in "abc"}, CPU, seconds=0.0, warmup=1, min_rounds=3
+    )  # type: ignore[misc]
     assert "".join(calls) == "abc" + "abc" + "bca" + "cab"
     assert {name: len(timing.seconds) for name, timing in times.items()} == dict.fromkeys("abc", 3)
 
