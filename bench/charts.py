@@ -10,7 +10,7 @@ __all__ = ["Series", "chart"]
 Series = Mapping[str, Sequence[tuple[float, float]]]
 
 WIDTH, HEIGHT = 440, 300
-LEFT, RIGHT, TOP, BOTTOM = 62, 12, 12, 42
+LEFT, RIGHT, TOP, BOTTOM = 84, 14, 12, 42
 COLOURS = 8  # --c0 to --c7 of the page
 DASHES = ("", "6 3", "2 3")  # a second and third round through the colours
 
@@ -25,10 +25,11 @@ def chart(
     y_format: Callable[[float], str],
     lines: Series | None = None,
     joined: bool = True,
+    binary: bool = False,
 ) -> str:
     """A figure: the title as its caption, a legend, and the points of each series, joined or not.
 
-    `lines` are drawn without points behind the series: ceilings, ideals.
+    `lines` are drawn without points behind the series: ceilings, ideals. `binary`: y in powers of 2.
     """
     lines = lines or {}
     points = [point for group in (series, lines) for values in group.values() for point in values]
@@ -37,7 +38,11 @@ def chart(
         return ""
     x_of = _axis([x for x, _ in points], LEFT, WIDTH - RIGHT)
     y_of = _axis([y for _, y in points], HEIGHT - BOTTOM, TOP)
-    parts = [_grid(points, x_of, y_of, x_format, y_format)]
+    marked = sorted({x for values in series.values() for x, _ in values})
+    ys = [y for _, y in points]
+    x_ticks = marked if len(marked) <= 8 else _decades(marked[0], marked[-1])
+    y_ticks = _doublings(min(ys), max(ys)) if binary else _decades(min(ys), max(ys))
+    parts = [_grid([(x_of(x), x_format(x)) for x in x_ticks], [(y_of(y), y_format(y)) for y in y_ticks])]
     parts += [_polyline(values, x_of, y_of, "ceiling") for values in lines.values()]
     for number, (name, values) in enumerate(series.items()):
         style = f"--c:var(--c{number % COLOURS})"
@@ -70,27 +75,27 @@ def _axis(values: Sequence[float], start: float, end: float) -> Callable[[float]
     return lambda value: start + (math.log(value) - low) / (high - low) * (end - start)
 
 
-def _grid(
-    points: Sequence[tuple[float, float]],
-    x_of: Callable[[float], float],
-    y_of: Callable[[float], float],
-    x_format: Callable[[float], str],
-    y_format: Callable[[float], str],
-) -> str:
-    xs = sorted({x for x, _ in points})
-    x_ticks = xs if len(xs) <= 8 else _decades(xs[0], xs[-1])
-    y_ticks = _decades(min(y for _, y in points), max(y for _, y in points))
+def _grid(columns: Sequence[tuple[float, str]], rows: Sequence[tuple[float, str]]) -> str:
+    """Lines at the ticks (place, label) of both axes, and their labels."""
     parts = []
-    for x in x_ticks:
-        at = x_of(x)
+    for at, label in columns:
         parts.append(f'<line x1="{at:.1f}" x2="{at:.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}" class="grid"/>')
-        text = f'<text x="{at:.1f}" y="{HEIGHT - BOTTOM + 15}" text-anchor="middle">{escape(x_format(x))}</text>'
-        parts.append(text)
-    for y in y_ticks:
-        at = y_of(y)
+        place = f'x="{at:.1f}" y="{HEIGHT - BOTTOM + 15}"'
+        parts.append(f'<text {place} text-anchor="middle">{escape(label)}</text>')
+    for at, label in rows:
         parts.append(f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{at:.1f}" y2="{at:.1f}" class="grid"/>')
-        parts.append(f'<text x="{LEFT - 6}" y="{at + 4:.1f}" text-anchor="end">{escape(y_format(y))}</text>')
+        parts.append(f'<text x="{LEFT - 6}" y="{at + 4:.1f}" text-anchor="end">{escape(label)}</text>')
     return "".join(parts)
+
+
+def _doublings(low: float, high: float) -> list[float]:
+    """Powers of two between, at most a handful."""
+    first, last = math.floor(math.log2(low)), math.ceil(math.log2(high))
+    step = max(1, (last - first + 5) // 6)
+    return [2.0**power for power in range(first, last + 1, step) if low * 0.9 <= 2.0**power <= high * 1.1] or [
+        low,
+        high,
+    ]
 
 
 def _decades(low: float, high: float) -> list[float]:

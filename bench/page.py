@@ -53,7 +53,7 @@ th, td { padding: 0.3rem 0.7rem 0.3rem 0; text-align: left; white-space: nowrap;
 th { color: var(--muted); font-weight: 600; }
 td:last-child { white-space: normal; min-width: 6rem; }
 .bars td:nth-child(2) {
-  background: linear-gradient(var(--bar), var(--bar)) no-repeat left center / calc(var(--share) * 100%) 70%;
+  background: linear-gradient(var(--bar), var(--bar)) no-repeat left center / calc(var(--share) * (100% - 0.7rem)) 70%;
   min-width: 9rem; padding-left: 0.4rem;
 }
 </style>

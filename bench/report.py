@@ -76,7 +76,7 @@ def machine_lines(run: Run) -> list[str]:
     machine = run.machine
     gpu = machine.get("device_type") == "cuda"
     lines = [] if gpu else [NO_GPU]
-    lines.append(f"device: {machine.get('device')}" + ("" if gpu else f", {machine.get('threads')} threads"))
+    lines.append(f"device: {machine.get('device')}" + ("" if gpu else f", torch threads: {machine.get('threads')}"))
     if gpu:
         lines.append(
             f"capability {machine.get('capability')}, driver {machine.get('driver')}, CUDA {machine.get('cuda')}, "
@@ -121,7 +121,7 @@ def _contest_table(name: str, rows: Sequence[Row]) -> Table:
         ("TFLOP/s", "flops_per_s", lambda value: f"{value / 1e12:.3g}"),
         ("GB/s of floor", "bytes_per_s", lambda value: f"{value / 1e9:.3g}"),
         ("tokens/s", "tokens_per_s", lambda value: f"{value:,.0f}"),
-        ("of peak", "roof_share", lambda value: f"{value:.0%}"),
+        ("of measured peak", "roof_share", lambda value: f"{value:.0%}"),
         ("peak memory", "peak_bytes", _bytes),
         ("loss", "loss", lambda value: f"{value:.4f}"),
     ]
@@ -190,7 +190,9 @@ def _figures(run: Run) -> list[str]:
         speed = _series(rows, lambda row: row.median)
         figures.append(chart(speed, title=title, y_label="median time", y_format=_seconds, **shared))
         memory = _series(rows, lambda row: row.facts.get("peak_bytes", 0))
-        figures.append(chart(memory, title=f"{title}: memory", y_label="peak memory", y_format=_bytes, **shared))
+        figures.append(
+            chart(memory, title=f"{title}: memory", y_label="peak memory", y_format=_bytes, binary=True, **shared)
+        )
     roofs = run.machine.get("roof", {})
     for dtype in dict.fromkeys(dtype for dtype, _, _ in panels):
         rows = [row for key, found in panels.items() if key[0] == dtype for row in found]
