@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 SETUP  := pyproject.toml setup.py constraints.txt
-OUT    ?= out
+OUT    ?= out/demo
 ARGS   ?=
 
 .PHONY: help train test test-gpu lint types bench clean

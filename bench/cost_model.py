@@ -1,8 +1,8 @@
 """A bound on a kernel's speed from its machine code: which unit of the GPU must be busy for how long. An ESTIMATE.
 
-For each unit (tensor cores, fp32 lanes, integer lanes, exp2, load/store lanes, shared memory, L2 port, instruction issue)
-the cycles that the launch's instructions need there, if that unit never waited. The bound is the busiest unit, or DRAM
-if moving each byte once takes longer. Real time is longer: latencies, barriers, a last wave that does not fill the chip,
+For each unit (tensor cores, fp32 lanes, integer lanes, exp2, load/store lanes, shared memory, L2 port, issue) the
+cycles that the launch's instructions need there, if that unit never waited. The bound is the busiest unit, or DRAM if
+moving each byte once takes longer. Real time is longer: latencies, barriers, a last wave that does not fill the chip,
 clocks below boost. Two ends are given: everything overlaps perfectly, and tensor work overlaps with nothing.
 
 Machine code gives the cost of one iteration of each loop (tests/aot.py), the interpreter gives their number

@@ -20,9 +20,11 @@ def attention(
         q, scale = (-q, -scale) if scale < 0.0 else (q * 0.0, 1.0)
     tq, tk = q.shape[2], k.shape[2]
     gqa = q.shape[1] != k.shape[1]
-    if not causal or tq == tk or tq == 1:
+    if tq == 1:
+        causal = False  # assigned, since under torch.export with a dynamic T `causal and tq != 1` would be symbolic
+    if not causal or tq == tk:
         return F.scaled_dot_product_attention(
-            q, k, v, dropout_p=dropout_p, is_causal=causal and tq != 1, scale=scale, enable_gqa=gqa
+            q, k, v, dropout_p=dropout_p, is_causal=causal, scale=scale, enable_gqa=gqa
         )
     if tq > tk:
         seen = F.scaled_dot_product_attention(

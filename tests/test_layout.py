@@ -40,7 +40,8 @@ STAGES = [
     ["native"],
     ["engines"],
     ["generation"],
-    ["integrations"],
+    ["integrations", "convert"],
+    ["bench"],
     ["finding", "diagnosis", "doctor", "cli"],
 ]
 # A method that nanoGPT's GPT has and ours therefore has too, imported when it is called.

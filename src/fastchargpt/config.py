@@ -86,8 +86,8 @@ class GPTConfig:
     position: Literal["learned", "rope"] = "learned"
     # the normalisation: LayerNorm, or RMSNorm (arXiv:1910.07467) without weights
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"
-    # the MLP's non-linearity; relu2 is the squared ReLU (Primer, arXiv:2109.08668)
-    activation: Literal["gelu", "relu", "relu2"] = "gelu"
+    # the MLP's non-linearity; gelu_tanh is GPT-2's own form of GELU, relu2 the squared ReLU (Primer, arXiv:2109.08668)
+    activation: Literal["gelu", "gelu_tanh", "relu", "relu2"] = "gelu"
     # whether the head shares its weights with the token embedding
     tie_weights: bool = True
     # whether the query, key and value projections carry a bias; None means `bias`

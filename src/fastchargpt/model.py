@@ -78,6 +78,8 @@ class GPT(nn.Module):
 
     def _initialise(self) -> None:
         """Draw the weights, in the order of the modules and then of the residual projections, as nanoGPT does."""
+        if self.lm_head.weight.is_meta:
+            return  # shapes alone, and drawing those takes torch milliseconds a matrix
         for module in _children_first(self):
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=INIT_STD)

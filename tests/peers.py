@@ -1,0 +1,32 @@
+"""Other people's packages and checkouts, where they are to be had."""
+
+import importlib
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+__all__ = ["checkout", "peer"]
+
+ROOT = Path(__file__).parents[1]
+
+
+def peer(name: str) -> Any:
+    """A package of the `integrations` extra; the test is skipped without it."""
+    # `python -m pytest` puts the checkout on the path, and transformers would take our kernels/ for Hugging Face's
+    sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT]
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name != name.split(".")[0]:
+            raise
+        pytest.skip(f"{name} is not installed (pip install 'fastchargpt[integrations]')", allow_module_level=True)
+
+
+def checkout(variable: str) -> Path:
+    """The folder that an environment variable names; the test is skipped where it is not set."""
+    if variable not in os.environ:
+        pytest.skip(f"{variable} names no checkout")
+    return Path(os.environ[variable]).resolve()
