@@ -46,7 +46,8 @@ def cases(entry: Entry, table: Iterable[Entry] = (), *, thorough: bool = False) 
     dropouts = {False} if not entry.dropout or entry.config.kernel == "decode" else {True, has_plain_twin}
     found = [dataclasses.replace(case, dropout=dropout) for case in base for dropout in sorted(dropouts)]
     if thorough:
-        changes = ({"causal": False}, {"kv_heads": 2}, {"head_dim": entry.head_dim - 12})
+        narrower = [{"head_dim": d} for d in (entry.head_dim - 12, entry.head_dim // 2, entry.head_dim // 4)]
+        changes = ({"causal": False}, {"kv_heads": 2}, *narrower)
         found += [dataclasses.replace(case, **change) for case in base for change in changes]
     return found
 
