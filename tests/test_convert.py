@@ -411,7 +411,7 @@ def test_damaged_folders_of_transformers(tmp_path: Path) -> None:
         with pytest.raises(CheckpointError, match="damaged or not a safetensors file"):
             convert(folder, tmp_path / "out")
     (folder / "model.safetensors").unlink()
-    with pytest.raises(CheckpointError, match="neither model.safetensors nor"):
+    with pytest.raises(CheckpointError, match=r"neither model\.safetensors nor"):
         convert(folder, tmp_path / "out")
     (folder / "model.safetensors.index.json").write_text("{}")
     with pytest.raises(CheckpointError, match="in several files"):
@@ -487,7 +487,7 @@ def test_nothing_is_left_of_a_failed_conversion(tmp_path: Path, monkeypatch: pyt
 
     with monkeypatch.context() as patch:
         patch.setattr(core, "write", spoil)
-        with pytest.raises(CheckpointError, match="differ by .* nothing was written"):
+        with pytest.raises(CheckpointError, match=r"differ by .* nothing was written"):
             convert(source, tmp_path / "out", check=True)
 
     def fail(*_: Any, **__: Any) -> None:

@@ -386,6 +386,14 @@ def test_accelerated_dropout() -> None:
     assert torch.equal(model(x)[0], model(x)[0])
 
 
+def test_accelerate_leaves_our_own_model_alone() -> None:
+    model = GPT(GPTConfig(**SHAPE))
+    before = list(model.modules())
+    assert restore(accelerate(model, backend="naive")) is model
+    assert list(model.modules()) == before
+    assert {block.attn.backend for block in model.transformer.h} == {"naive"}
+
+
 def test_accelerate_refuses_what_it_cannot_replace() -> None:
     odd = Plain(power=1.5)
     before = list(odd.modules())

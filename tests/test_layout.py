@@ -45,7 +45,7 @@ STAGES = [
     ["finding", "diagnosis", "doctor", "cli"],
 ]
 # A method that nanoGPT's GPT has and ours therefore has too, imported when it is called.
-FACADES = {("model", "optim"), ("model", "generation"), ("model", "sampling")}
+FACADES = {("model", "optim"), ("model", "generation"), ("model", "sampling"), ("model", "integrations")}
 
 
 def _stage(module: str) -> int:
