@@ -18,6 +18,7 @@ def entry(contest: str, contestant: str, median: float, *, spread: float = 0.05,
     figures = {"median_s": median, "p20_s": median * (1 - spread), "p80_s": median * (1 + spread)}
     return {
         "name": "test_x",
+        "fullname": "bench/test_bench_tokenizers.py::test_x",
         "param": None,
         "stats": {"median": median, "q1": median, "q3": median},
         "extra_info": {"subject": contest.split()[0], "contest": contest, "contestant": contestant, **figures, **facts},
