@@ -26,10 +26,10 @@ lint: $(VENV)/.installed-dev types  ## ruff and mypy --strict
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# mypy does not follow the editable finder, so it gets a tree in which src/fastchargpt and kernels/ lie together.
+# mypy does not follow the editable finder, so it gets a tree in which src/fastchargpt, kernels/ and bench/ lie together.
 types: $(VENV)/.installed-dev  ## mypy --strict
 	@rm -rf build/types && mkdir -p build/types/fastchargpt
-	@ln -s $(CURDIR)/src/fastchargpt/* $(CURDIR)/kernels build/types/fastchargpt/
+	@ln -s $(CURDIR)/src/fastchargpt/* $(CURDIR)/kernels $(CURDIR)/bench build/types/fastchargpt/
 	cd build/types && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache -p fastchargpt
 
 bench: $(VENV)/.installed-dev  ## the benchmark suite, and its report (ARGS=--quick for 3 minutes; see bench/README.md)

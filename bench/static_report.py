@@ -28,7 +28,7 @@ sys.path[:0] = [str(HERE), str(HERE.parent / "tests")]  # run as a script: the g
 
 from aot import compile_launch, record_launches  # noqa: E402
 from cost_model import LAUNCH_SECONDS, Estimate, estimate  # noqa: E402
-from fastchargpt.kernels.tuning import Config, plan_for  # noqa: E402
+from fastchargpt.kernels.tuning import Config, known_archs, plan_for  # noqa: E402
 from gate import problems  # noqa: E402
 from launches import Case, run_backward, run_kernel  # noqa: E402
 from peaks import PEAKS  # noqa: E402
@@ -44,7 +44,7 @@ WIDTH, TOKENS = 384, 16384
 ENTERS_EVERY_LOOP = 512  # a sequence of several blocks of any size in the tables
 BEYOND_SHORT = 1 << 20  # a sequence that no one-launch backward serves
 # Block sizes (owned, walked over), warps, stages that the textbook may choose from.
-TEXTBOOK = ((64, 32, 4, 2), (64, 64, 4, 2), (128, 64, 8, 2), (32, 32, 4, 2), (64, 32, 4, 1), (32, 32, 4, 1))
+TEXTBOOK = ((64, 32, 4, 2), (64, 64, 4, 2), (128, 64, 8, 2), (32, 32, 4, 2), (64, 32, 4, 1))
 
 
 class Row(NamedTuple):
@@ -244,7 +244,7 @@ def to_markdown(report: Iterable[Row]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("targets", nargs="*", default=list(PEAKS), help="such as sm_90; default: all")
+    parser.add_argument("targets", nargs="*", default=known_archs(), help="such as sm_90; default: all with a table")
     parser.add_argument("--head-dim", type=int, choices=HEAD_DIMS, nargs="*", default=list(HEAD_DIMS))
     parser.add_argument("--csv", type=Path, default=HERE / "results" / "static.csv")
     arguments = parser.parse_args()

@@ -1,13 +1,12 @@
 """Whether the Triton kernels can run here: asked once a device, answered in words."""
 
 import importlib.metadata
+import os
 import shutil
 import sys
 import warnings
 
 import torch
-
-from .tuning import table_problem
 
 __all__ = ["MINIMUM_CAPABILITY", "MINIMUM_TRITON", "triton_problem"]
 
@@ -17,19 +16,18 @@ MINIMUM_CAPABILITY = (8, 0)
 _ANSWERS: dict[int, str | None] = {}  # by CUDA device
 
 
-def triton_problem(device_type: str, index: int, dtype: torch.dtype, head_dim: int, dropout: bool) -> str | None:
-    """Why the Triton kernels cannot serve such heads on this device, as half a sentence, or None when they can.
+def triton_problem(device_type: str, index: int) -> str | None:
+    """Why the Triton kernels cannot run on this device, as half a sentence, or None when they can.
 
     The first time that a GPU has to go without them, it is said in a warning.
     """
     if device_type != "cuda":
-        problem = _probe(device_type, index)
-        return problem or table_problem(torch.device(device_type), dtype, head_dim, dropout=dropout)
+        return _probe(device_type, index)
     if index not in _ANSWERS:
         _ANSWERS[index] = _probe(device_type, index)
         if _ANSWERS[index] is not None:
             warnings.warn(f"fastchargpt: attention runs on torch's SDPA, because {_ANSWERS[index]}", stacklevel=3)
-    return _ANSWERS[index] or table_problem(torch.device(device_type, index), dtype, head_dim, dropout=dropout)
+    return _ANSWERS[index]
 
 
 # torch.compile calls it while tracing and keeps the answer (what torch.compiler.assume_constant_result sets, without
@@ -62,6 +60,7 @@ def _probe(device_type: str, index: int) -> str | None:
     if torch.version.hip is None and torch.cuda.get_device_capability(index) < MINIMUM_CAPABILITY:
         # Compiled for 7.5 (T4), every tl.dot becomes scalar instructions: correct, spilling, slower than SDPA.
         return f"Triton uses no tensor cores on {torch.cuda.get_device_name(index)} (compute capability below 8.0)"
-    if sys.platform != "win32" and not any(shutil.which(name) for name in ("cc", "gcc", "clang")):
+    compilers = (os.environ.get("CC"), "cc", "gcc", "clang")
+    if sys.platform != "win32" and not any(shutil.which(name) for name in compilers if name):
         return "Triton finds no C compiler (cc, gcc or clang) to build its launcher with"
     return None

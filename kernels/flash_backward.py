@@ -39,7 +39,7 @@ def delta_of_rows(out, dout, dlse_head, start_m, tq, BLOCK_M: tl.constexpr, HAS_
 
 @triton.jit
 def lse_of_rows(lse_head, start_m, tq, like, BLOCK_M: tl.constexpr):
-    """The rows' log-sum-exp as exponents, [BLOCK_M], +inf (probability 0) for rows that are not there or see nothing."""
+    """The rows' log-sum-exp as exponents, [BLOCK_M], +inf (probability 0) for rows not there or that see nothing."""
     lse = load_rows(lse_head, start_m, tq, float("inf"), BLOCK_M)
     return tl.where(lse == float("-inf"), float("inf"), exponent(lse, like))
 

@@ -159,7 +159,7 @@ def decode_merge_kernel(
 
 
 def splits(q: torch.Tensor, k: torch.Tensor, processors: int, block_n: int) -> int:
-    """Into how many stretches the keys are cut: enough for every processor, of at least one block; 1 is not worth it."""
+    """Stretches that the keys are cut into: enough for every processor, at least a block each; 1 is not worth it."""
     rows = q.shape[1] // k.shape[1] * q.shape[2]
     if rows > MAX_ROWS:
         return 1

@@ -29,7 +29,7 @@ __all__ = [
     "load_table",
     "plan",
     "save_table",
-    "table_problem",
+    "widest_head",
 ]
 
 KERNELS = ("forward", "decode", "tile", "blocks", "dq", "dkdv")
@@ -114,15 +114,24 @@ def plan(device: torch.device, dtype: torch.dtype, head_dim: int, length: int, *
     return plan_for(arch_of(device), "fp32" if dtype == torch.float32 else "half", head_dim, length, dropout)
 
 
-def table_problem(device: torch.device, dtype: torch.dtype, head_dim: int, *, dropout: bool) -> str | None:
-    """Why no table serves such heads at every length on `device`, as half a sentence, or None when one does."""
+def widest_head(device_type: str, index: int, dtype: torch.dtype, dropout: bool) -> int:
+    """The largest head_dim that the device's table serves in `dtype` at every length; 0 is none."""
     if _forced:
-        return None
-    try:
-        plan_for(arch_of(device), "fp32" if dtype == torch.float32 else "half", head_dim, 2**31, dropout)
-    except ConfigError as error:
-        return str(error)
-    return None
+        return 256
+    kind = "fp32" if dtype == torch.float32 else "half"
+    entries = load_table(arch_of(torch.device(device_type, index)))
+    served = [
+        max(
+            (e.head_dim for e in entries if e.config.kernel == kernel and e.dtype == kind and e.dropout >= dropout),
+            default=0,
+        )
+        for kernel in ("forward", "dq", "dkdv")
+    ]
+    return min(served)
+
+
+# torch.compile calls it while tracing and keeps the answer, as availability.triton_problem.
+widest_head._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.lru_cache(maxsize=1024)

@@ -5,6 +5,7 @@ count what the kernels do. Tensors lie in memory as the model has them: q, k and
 """
 
 import dataclasses
+from collections.abc import Iterable
 
 import torch
 from fastchargpt.kernels import flash_backward, flash_decode, flash_forward, flash_short
@@ -29,20 +30,31 @@ class Case:
     tf32: bool = False  # fp32 only: whether torch's matmul precision allows it
 
 
-def cases(entry: Entry, *, thorough: bool = False) -> list[Case]:
-    """What an entry has to pass: a causal launch in each precision that it serves; thoroughly, other variants too."""
+def cases(entry: Entry, table: Iterable[Entry] = (), *, thorough: bool = False) -> list[Case]:
+    """What an entry has to pass: a causal launch in each precision that it serves; thoroughly, other variants too.
+
+    An entry for dropout serves the plain kernel too, unless its table has another one for that.
+    """
     length = min(entry.max_length or 1024, 1024)
     if entry.dtype == "half":
         kinds = [{"dtype": torch.bfloat16}, *([{"dtype": torch.float16}] if thorough else [])]
     else:
         kinds = [{"dtype": torch.float32}, {"dtype": torch.float32, "tf32": True}]
     base = [Case(**kind, head_dim=entry.head_dim, length=length) for kind in kinds]
-    dropouts = {False, entry.dropout and entry.config.kernel != "decode"}  # decoding never drops
+    plain = dataclasses.replace(entry, dropout=False)
+    has_plain_twin = any(_place(other) == _place(plain) for other in table)
+    dropouts = {False} if not entry.dropout or entry.config.kernel == "decode" else {True, has_plain_twin}
     found = [dataclasses.replace(case, dropout=dropout) for case in base for dropout in sorted(dropouts)]
     if thorough:
-        changes = ({"causal": False}, {"kv_heads": 2}, {"head_dim": entry.head_dim - 12})
+        narrower = [{"head_dim": d} for d in (entry.head_dim - 12, entry.head_dim // 2, entry.head_dim // 4)]
+        changes = ({"causal": False}, {"kv_heads": 2}, *narrower)
         found += [dataclasses.replace(case, **change) for case in base for change in changes]
     return found
+
+
+def _place(entry: Entry) -> tuple[object, ...]:
+    """Which launches an entry is for."""
+    return entry.config.kernel, entry.dtype, entry.head_dim, entry.max_length, entry.dropout
 
 
 class _Tensors:

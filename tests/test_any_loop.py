@@ -39,7 +39,9 @@ def gradients(model: nn.Module, *data: Tensor) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["deepcopy", "pickle"])
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["deepcopy", "pickle"]
+)
 def test_copies(family: str, copied: Callable[[GPT], GPT]) -> None:
     model = make(family)
     again = copied(model)
@@ -116,7 +118,9 @@ def test_autocast(family: str) -> None:
     assert logits.dtype == torch.bfloat16
     found = torch.autograd.grad(loss, list(model.parameters()))
     assert all(a.dtype == torch.float32 for a in found)
-    cosine = torch.cosine_similarity(torch.cat([a.flatten() for a in found]), torch.cat([b.flatten() for b in expected]), 0)
+    cosine = torch.cosine_similarity(
+        torch.cat([a.flatten() for a in found]), torch.cat([b.flatten() for b in expected]), 0
+    )
     assert cosine > 0.99
 
 
@@ -164,7 +168,9 @@ def test_ddp(tmp_path: Path) -> None:
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
 
 
-def step_with(wrap: Callable[[nn.Module, Any], tuple[nn.Module, Any]], backward: Callable[[Tensor], None]) -> list[Tensor]:
+def step_with(
+    wrap: Callable[[nn.Module, Any], tuple[nn.Module, Any]], backward: Callable[[Tensor], None]
+) -> list[Tensor]:
     """The weights after three steps of a loop that wraps its model."""
     model = make()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)

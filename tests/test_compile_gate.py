@@ -5,6 +5,7 @@ other entries the verdict recorded in bench/results/gate.csv counts, as long as 
 version are the same; whatever has no record is compiled too. FASTCHARGPT_GATE=full compiles everything.
 """
 
+import dataclasses
 import functools
 import os
 
@@ -98,6 +99,8 @@ def test_cases_cover_what_an_entry_serves():
     half, single = (next(e for _, e, _ in ENTRIES if e.dtype == kind and e.dropout) for kind in ("half", "fp32"))
     assert {(case.dtype, case.dropout) for case in cases(half)} == {(torch.bfloat16, False), (torch.bfloat16, True)}
     assert {(case.tf32, case.dropout) for case in cases(single)} == {(a, b) for a in (0, 1) for b in (0, 1)}
+    twin = dataclasses.replace(half, dropout=False)
+    assert [case.dropout for case in cases(half, (half, twin))] == [True]
     thorough = cases(half, thorough=True)
     assert {case.dtype for case in thorough} == {torch.bfloat16, torch.float16}
     assert any(not case.causal for case in thorough)

@@ -139,7 +139,7 @@ def test_from_ours_to_the_lecture() -> None:
     refused = {
         "tie_weights": GPTConfig(**shape, activation="relu", qkv_bias=False),
         "activation": GPTConfig.family("lecture", **{**shape, "activation": "gelu"}),
-        "qkv_bias": GPTConfig.family("lecture", **shape, **{"qkv_bias": True}),
+        "qkv_bias": GPTConfig.family("lecture", **shape, qkv_bias=True),
         "position": GPTConfig.family("modern", **shape),
     }
     for name, config in refused.items():
@@ -183,7 +183,13 @@ def test_the_lectures_training_loop(tmp_path: Path) -> None:
     source = checkout("FASTCHARGPT_LECTURE")
     program = (source / "gpt.py").read_text(encoding="utf-8")
     assert program.count("model = GPTLanguageModel()") == 1
-    for name, value in {"batch_size": 8, "block_size": 16, "max_iters": 60, "eval_interval": 30, "eval_iters": 2}.items():
+    for name, value in {
+        "batch_size": 8,
+        "block_size": 16,
+        "max_iters": 60,
+        "eval_interval": 30,
+        "eval_iters": 2,
+    }.items():
         program = re.sub(rf"^{name} = \d+", f"{name} = {value}", program, flags=re.M)
     for name, value in {"n_embd": 24, "n_head": 3, "n_layer": 2, "learning_rate": "3e-3"}.items():
         program = re.sub(rf"^{name} = \S+", f"{name} = {value}", program, flags=re.M)

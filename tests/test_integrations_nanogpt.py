@@ -27,7 +27,14 @@ SHAPE = {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 32, "vocab_size"
 ONE_LINE = "from fastchargpt.integrations.nanogpt import GPT, GPTConfig\n"
 TRAIN = [
     *("--dataset=toy", "--device=cpu", "--compile=False", "--dtype=float32", "--out_dir=out", "--dropout=0.0"),
-    *("--n_layer=2", "--n_head=2", "--n_embd=32", "--block_size=32", "--batch_size=8", "--gradient_accumulation_steps=2"),
+    *(
+        "--n_layer=2",
+        "--n_head=2",
+        "--n_embd=32",
+        "--block_size=32",
+        "--batch_size=8",
+        "--gradient_accumulation_steps=2",
+    ),
     *("--max_iters=100", "--warmup_iters=10", "--lr_decay_iters=100", "--learning_rate=3e-3", "--min_lr=3e-4"),
     *("--eval_interval=50", "--eval_iters=2", "--log_interval=1"),
 ]
@@ -134,7 +141,9 @@ def test_train_py(both: dict[str, tuple[Path, str]]) -> None:
     assert len(steps[0]) == 3
     for a, b in zip(*steps, strict=True):
         assert [float(x) for x in a] == pytest.approx([float(x) for x in b], abs=2e-4)
-    printed = [re.findall(r"^(?:number of parameters|num .*parameter tensors).*$", text, re.M) for _, text in both.values()]
+    printed = [
+        re.findall(r"^(?:number of parameters|num .*parameter tensors).*$", text, re.M) for _, text in both.values()
+    ]
     assert printed[0] == printed[1]
     assert len(printed[0]) == 3
     rates = [re.findall(r"mfu (\S+)%", output)[-1] for _, output in both.values()]
@@ -264,7 +273,9 @@ def test_generate_and_checkpoint_as_nanogpts_scripts_do(tmp_path: Path) -> None:
     optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), "cpu")
     model(torch.zeros(1, 4, dtype=torch.int64), torch.ones(1, 4, dtype=torch.int64))[1].backward()
     optimizer.step()
-    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "model_args": args}, tmp_path / "c.pt")
+    torch.save(
+        {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "model_args": args}, tmp_path / "c.pt"
+    )
     content = torch.load(tmp_path / "c.pt", map_location="cpu")  # weights_only by default
     again = GPT(GPTConfig(**content["model_args"]))
     again.load_state_dict(content["model"])
@@ -373,6 +384,14 @@ def test_accelerated_dropout() -> None:
     assert [m.dropout for m in model.modules() if isinstance(m, AcceleratedAttention)] == [0.5, 0.5]
     model.eval()
     assert torch.equal(model(x)[0], model(x)[0])
+
+
+def test_accelerate_leaves_our_own_model_alone() -> None:
+    model = GPT(GPTConfig(**SHAPE))
+    before = list(model.modules())
+    assert restore(accelerate(model, backend="naive")) is model
+    assert list(model.modules()) == before
+    assert {block.attn.backend for block in model.transformer.h} == {"naive"}
 
 
 def test_accelerate_refuses_what_it_cannot_replace() -> None:

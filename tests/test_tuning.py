@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from fastchargpt.kernels import tuning
-from fastchargpt.kernels.tuning import Config, Entry, known_archs, load_table, plan_for, save_table, table_problem
+from fastchargpt.kernels.tuning import Config, Entry, known_archs, load_table, plan_for, save_table, widest_head
 
 from fastchargpt.errors import ConfigError
 
@@ -62,8 +62,9 @@ def test_a_table_survives_being_written(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_what_no_table_serves_is_said() -> None:
-    problem = table_problem(torch.device("cpu"), torch.bfloat16, 512, dropout=False)
-    assert problem == "the launch table of sm_80 has no 'forward' entry for half, head_dim 512"
+    assert widest_head("cpu", 0, torch.bfloat16, False) >= 128
+    with pytest.raises(ConfigError, match="table of sm_80 has no 'forward' entry for half, head_dim 512"):
+        plan_for("sm_80", "half", 512, 64, False)
 
 
 def test_a_broken_table_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

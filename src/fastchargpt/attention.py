@@ -12,6 +12,7 @@ from .errors import AttentionError, BackendUnavailableError, nearest
 from .kernels import naive, sdpa
 from .kernels.availability import triton_problem
 from .kernels.philox import draw_seed
+from .kernels.tuning import widest_head
 
 __all__ = [
     "BACKENDS",
@@ -217,7 +218,11 @@ def _triton_refusal(q: torch.Tensor, dropout_p: float) -> str | None:
         return "the Triton kernels have no float64"
     if not _TRITON_HEAD_DIM[0] <= head_dim <= _TRITON_HEAD_DIM[1]:
         return f"the Triton kernels take a head_dim from 8 to 256, and it is {head_dim}"
-    return triton_problem(q.device.type, q.device.index or 0, dtype, head_dim, dropout_p > 0.0)
+    device = (q.device.type, q.device.index or 0)
+    problem = triton_problem(*device)
+    if problem is None and head_dim > widest_head(*device, dtype, dropout_p > 0.0):
+        return f"the launch table of this GPU has no {dtype} kernels without spills for a head_dim of {head_dim}"
+    return problem
 
 
 def _unpack(qkv: torch.Tensor, n_head: int, n_kv_head: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

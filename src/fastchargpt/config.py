@@ -233,6 +233,8 @@ class TrainConfig:
     attention: Literal["auto", "triton", "sdpa", "naive"] = "auto"
     # seed of initialisation, batches and dropout
     seed: int = 1337
+    # on a GPU, the same bits in every run with this seed, or a refusal; slower, and not compiled (a CPU's are anyway)
+    deterministic: bool = False
 
     def __post_init__(self) -> None:
         """Check every rule."""

@@ -72,12 +72,37 @@ class GPT(nn.Module):
         model.rope = model._rope_tables(config.block_size, model.lm_head.weight.device)
         return model
 
+    @classmethod
+    def from_pretrained(cls, model_type: str, override_args: dict[str, Any] | None = None) -> Self:
+        """GPT-2's weights (nanoGPT's signature), with GPT-2's own GELU.
+
+        Args:
+            model_type: gpt2, gpt2-medium, gpt2-large or gpt2-xl, which transformers downloads; or a folder that
+                transformers saved.
+            override_args: `dropout` alone may be given.
+
+        Raises:
+            CheckpointError: there are no such weights, or they are not GPT-2's.
+            BackendUnavailableError: a name was given, and transformers is not installed.
+            ConfigError: another field is overridden.
+        """
+        from fastchargpt.integrations.gpt2 import read_gpt2
+
+        override_args = override_args or {}
+        for name in override_args:
+            if name != "dropout":
+                raise ConfigError(f"from_pretrained overrides dropout alone, and not {name}")
+        config, weights = read_gpt2(model_type)
+        return cls.from_state_dict(dataclasses.replace(config, **override_args), weights)
+
     def _tie(self) -> None:
         if self.config.tie_weights:
             self.transformer.wte.weight = self.lm_head.weight
 
     def _initialise(self) -> None:
         """Draw the weights, in the order of the modules and then of the residual projections, as nanoGPT does."""
+        if self.lm_head.weight.is_meta:
+            return  # shapes alone, and drawing those takes torch milliseconds a matrix
         for module in _children_first(self):
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=INIT_STD)

@@ -11,8 +11,8 @@ from fastchargpt.errors import OutDirError
 
 __all__ = ["claim_out_dir"]
 
-RUN_FILES = ("metrics.jsonl", "loss.png", "sample.txt")
-RUN_FOLDERS = ("last", "best", "last.new", "last.old", "best.new", "best.old", "tensorboard")
+RUN_FILES = ("metrics.jsonl", "loss.png", "sample.txt", "metrics.jsonl.new")
+RUN_FOLDERS = ("last", "best", "last.new", "last.old", "last.damaged", "best.new", "best.old", "tensorboard")
 LOCK = ".lock"
 
 
@@ -28,7 +28,10 @@ def claim_out_dir(out_dir: Path, mode: Literal["new", "resume", "overwrite"]) ->
         OutDirError: the folder holds a run, or none, against the mode; another run holds it; it cannot be written; or
             it is to be overwritten and holds files that are not a run's.
     """
-    taken = out_dir.is_dir() and any(path.name != LOCK for path in out_dir.iterdir())
+    try:
+        taken = out_dir.is_dir() and any(path.name != LOCK for path in out_dir.iterdir())
+    except OSError as error:
+        raise OutDirError(f"out dir {out_dir} cannot be read ({error.strerror}): name another with --out-dir") from None
     if out_dir.exists() and not out_dir.is_dir():
         raise OutDirError(f"out dir {out_dir} is a file: name a folder with --out-dir")
     if mode == "new" and taken:

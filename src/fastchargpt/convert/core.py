@@ -69,10 +69,10 @@ def convert(
     source, target = Path(source), Path(target)
     notes: list[str] = []
     kind = detect(source)
+    checkpoint = read(source, kind, notes)
     to = _target_format(to, kind, target)
     if target.exists():
         raise OutDirError(f"{target} exists, and convert overwrites nothing: name another, or remove it first")
-    checkpoint = read(source, kind, notes)
     if tokenizer is not None:
         found = read_vocabulary(Path(tokenizer))
         check_vocabulary(found, checkpoint.model_config.vocab_size, tokenizer)

@@ -87,7 +87,7 @@ def gpt2_to_weights(
     if "model_type" not in fields:
         raise CheckpointError(f"{source} has no model_type in its config: it is not a model of transformers")
     activation = fields.get("activation_function", "gelu_new")
-    if activation not in THEIR_ACTIVATIONS:
+    if not isinstance(activation, str) or activation not in THEIR_ACTIVATIONS:
         raise CheckpointError(
             f"{source} has activation_function={activation!r:.40}, and our model has {', '.join(THEIR_ACTIVATIONS)}"
         )

@@ -22,7 +22,7 @@ from fastchargpt import config as ours
 from fastchargpt import model as our_model
 from fastchargpt.attention import BACKENDS, causal_attention_packed
 from fastchargpt.errors import ConfigError, nearest
-from fastchargpt.integrations.gpt2 import read_gpt2
+from fastchargpt.layers import CausalSelfAttention
 
 __all__ = ["GPT", "AcceleratedAttention", "GPTConfig", "accelerate", "restore"]
 
@@ -73,14 +73,9 @@ class GPT(our_model.GPT):
             CheckpointError: there are no such weights, or they are not GPT-2's.
             ConfigError: another field is overridden.
         """
-        override_args = override_args or {}
-        for name in override_args:
-            if name != "dropout":
-                raise ConfigError(f"from_pretrained overrides dropout alone, and not {name}")
         print(f"loading weights from pretrained gpt: {model_type}")
-        config, weights = read_gpt2(model_type)
-        dropout = override_args.get("dropout", 0.0)
-        return cls.from_state_dict(dataclasses.replace(config, activation="gelu", dropout=dropout), weights)
+        model = our_model.GPT.from_pretrained(model_type, {"dropout": 0.0, **(override_args or {})})
+        return cls.from_state_dict(dataclasses.replace(model.config, activation="gelu"), model.state_dict())
 
     def configure_optimizers(
         self, weight_decay: float, learning_rate: float, betas: tuple[float, float], device_type: str
@@ -150,14 +145,14 @@ def accelerate(model: M, *, backend: str = "auto") -> M:
         backend: of `fastchargpt.causal_attention`.
 
     Returns:
-        The model itself. Calling it again changes the backend.
+        The model itself. Calling it again, or on fastchargpt's own GPT, changes the backend alone.
 
     Raises:
         ConfigError: there is no such attention in the model, or one computes something else.
     """
     if backend not in BACKENDS:
         raise ConfigError(f"backend must be one of {', '.join(BACKENDS)}, not {backend!r}{nearest(backend, BACKENDS)}")
-    again = [module for module in model.modules() if isinstance(module, AcceleratedAttention)]
+    again = [module for module in model.modules() if isinstance(module, AcceleratedAttention | CausalSelfAttention)]
     found = [(name, module) for name, module in model.named_modules() if _is_attention(module)]
     if not found and not again:
         raise ConfigError(
@@ -189,7 +184,7 @@ def restore(model: M) -> M:
 def _is_attention(module: nn.Module) -> bool:
     parts = [getattr(module, name, None) for name in ("c_attn", "c_proj", "resid_dropout", "n_head")]
     return (
-        not isinstance(module, AcceleratedAttention)
+        not isinstance(module, AcceleratedAttention | CausalSelfAttention)
         and all(isinstance(part, nn.Module) for part in parts[:3])
         and isinstance(parts[3], int)
         and isinstance(parts[0], nn.Linear)

@@ -1,5 +1,6 @@
 """Other people's files: read without running anything in them, checked before anything is built from them."""
 
+import dataclasses
 import json
 import math
 import pickle
@@ -114,7 +115,7 @@ def check_tensors(weights: Any, source: object) -> dict[str, Tensor]:
 
 
 def check_weights(config: GPTConfig, weights: Mapping[str, Tensor], source: object) -> dict[str, Tensor]:
-    """The weights of this model, in its order; of a tied pair one may be missing.
+    """The weights of this model; of a tied pair one may be missing.
 
     Raises:
         CheckpointError: one is missing, unexpected or of another shape, or a tied pair differs.
@@ -131,7 +132,11 @@ def check_weights(config: GPTConfig, weights: Mapping[str, Tensor], source: obje
     if config.position == "rope" and config.block_size > ROPE_LIMIT_TOKENS:
         raise CheckpointError(f"{source} claims a block_size of {config.block_size}, above {ROPE_LIMIT_TOKENS}")
     with torch.device("meta"):
-        expected = {name: tuple(tensor.shape) for name, tensor in GPT(config).state_dict().items()}
+        sample = GPT(dataclasses.replace(config, n_layer=1)).state_dict()
+    expected: dict[str, tuple[int, ...]] = {}
+    for name, tensor in sample.items():
+        copies = range(config.n_layer) if name.startswith("transformer.h.0.") else range(1)
+        expected |= {name.replace(".h.0.", f".h.{layer}."): tuple(tensor.shape) for layer in copies}
     for name, shape in expected.items():
         if name not in weights:
             raise CheckpointError(f"{source} lacks the weight {name}")
