@@ -93,7 +93,7 @@ def test_shapes_fill_the_device() -> None:
 
 @pytest.fixture
 def tiny_training(monkeypatch: pytest.MonkeyPatch) -> training.Work:
-    monkeypatch.setattr(training, "measure_roof", lambda _: type("Roof", (), {"flops": 1e11}))
+    monkeypatch.setattr(training, "measure_roof", lambda *_: type("Roof", (), {"flops": 1e11}))
     return training.Work("tiny", 2, TINY)
 
 
