@@ -9,7 +9,7 @@ from typing import Any
 
 from fastchargpt.bench.charts import chart
 from fastchargpt.bench.page import PAGE
-from fastchargpt.bench.results import Change, Row, Run, changes, load_run, rivalries
+from fastchargpt.bench.runs import Change, Row, Run, changes, load_run, rivalries
 
 __all__ = ["machine_lines", "to_html", "to_markdown", "write_report"]
 

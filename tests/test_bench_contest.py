@@ -10,7 +10,7 @@ import pytest
 import torch
 from fastchargpt.bench import attention, contest, generation, peers, settings, training
 from fastchargpt.bench.contest import Absent, Contestant, Result, hold, peak_memory
-from fastchargpt.bench.results import load_run, rivalries
+from fastchargpt.bench.runs import load_run, rivalries
 from fastchargpt.bench.settings import Settings
 from fastchargpt.kernels import sdpa
 

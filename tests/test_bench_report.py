@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from fastchargpt.bench.charts import chart
 from fastchargpt.bench.report import to_html, to_markdown, write_report
-from fastchargpt.bench.results import Row, Run, changes, load_run, rivalries
+from fastchargpt.bench.runs import Row, Run, changes, load_run, rivalries
 
 from fastchargpt.cli.main import main
 from fastchargpt.errors import ConfigError

@@ -98,7 +98,7 @@ def _compare(words: Sequence[str]) -> int:
     parser.add_argument("before", type=Path, metavar="A.json", help="the run to compare with, of the same machine")
     parser.add_argument("after", type=Path, metavar="B.json", help="the newer run")
     options = parser.parse_args(words)
-    from fastchargpt.bench.results import changes, load_run
+    from fastchargpt.bench.runs import changes, load_run
 
     before, after = load_run(options.before), load_run(options.after)
     for name in ("device", "torch", "threads", "quick"):
