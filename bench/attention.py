@@ -157,7 +157,8 @@ def _packed(q: Tensor) -> Entry:
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         out = packed(torch.cat([x.transpose(1, 2).flatten(2) for x in (q, k, v)], dim=2))
-        return out.unflatten(2, (heads, -1)).transpose(1, 2)
+        heads_apart: Tensor = out.unflatten(2, (heads, -1)).transpose(1, 2)
+        return heads_apart
 
     return Entry(attend, packed=packed)
 

@@ -9,7 +9,7 @@ import pytest
 os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the profiler that counts memory is not to talk
 
 from fastchargpt.bench.contest import Contestant, Result, hold
-from fastchargpt.bench.settings import Settings, describe_run, settings_from
+from fastchargpt.bench.settings import Settings, describe_run, settings_from, source_commit
 
 from fastchargpt.errors import FastchargptError
 
@@ -68,14 +68,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
-    machine_info.pop("node", None)  # the machine's name is nobody's business
+    machine_info.clear()  # the machine's name is nobody's business, nor are three hundred CPU flags
     machine_info["fastchargpt"] = describe_run(config.stash[SETTINGS])
+
+
+def pytest_benchmark_generate_commit_info() -> dict[str, Any]:
+    return {"id": source_commit()}  # of the suite; pytest-benchmark's own would be that of the working directory
 
 
 def pytest_benchmark_update_json(config: pytest.Config, benchmarks: list[Any], output_json: dict[str, Any]) -> None:
     output_json["not_ranked"] = config.stash[NOT_RANKED]
     for row in output_json["benchmarks"]:
         row["stats"].pop("data", None)  # thousands of samples; the quantiles are in extra_info
+        row.pop("params", None)  # whole texts and configs; `param` names them
+        row.pop("options", None)
 
 
 @pytest.fixture(scope="session")

@@ -70,6 +70,8 @@ def hold(
             wrong = contestant.check()
         except (Absent, BackendUnavailableError, ImportError) as reason:
             results[name] = Result(absent=_sentence(reason))
+        except torch.OutOfMemoryError:
+            results[name] = Result(absent="it does not fit in this device's memory")
         except Exception as error:  # a contestant that breaks is reported as such; the others still compete
             results[name] = Result(wrong=f"raises {type(error).__name__}: {_sentence(error)}")
         else:

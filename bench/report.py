@@ -1,7 +1,7 @@
 """A run, or two of them, as Markdown and as one HTML page that needs nothing else."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -9,7 +9,7 @@ from typing import Any
 
 from fastchargpt.bench.charts import chart
 from fastchargpt.bench.page import PAGE
-from fastchargpt.bench.results import Change, Row, Run, changes, load_run, rivalries
+from fastchargpt.bench.runs import Change, Row, Run, changes, load_run, rivalries
 
 __all__ = ["machine_lines", "to_html", "to_markdown", "write_report"]
 
@@ -117,7 +117,7 @@ def _sections(runs: Sequence[Run]) -> list[tuple[str, list[Table]]]:
 
 def _contest_table(name: str, rows: Sequence[Row]) -> Table:
     best, worst = rows[0].median, rows[-1].median
-    extras = [
+    extras: list[tuple[str, str, Callable[[float], str]]] = [
         ("TFLOP/s", "flops_per_s", lambda value: f"{value / 1e12:.3g}"),
         ("GB/s of floor", "bytes_per_s", lambda value: f"{value / 1e9:.3g}"),
         ("tokens/s", "tokens_per_s", lambda value: f"{value:,.0f}"),
@@ -202,7 +202,7 @@ def _figures(run: Run) -> list[str]:
     return [figure for figure in figures if figure]
 
 
-def _series(rows: Sequence[Row], value: Any) -> dict[str, list[tuple[float, float]]]:
+def _series(rows: Sequence[Row], value: Callable[[Row], float]) -> dict[str, list[tuple[float, float]]]:
     series: dict[str, list[tuple[float, float]]] = {}
     for row in sorted(rows, key=lambda row: row.facts["time"]):
         if value(row) > 0:

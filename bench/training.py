@@ -82,7 +82,7 @@ def entrants(work: Work, settings: Settings) -> dict[str, Callable[[], Contestan
     generator = torch.Generator().manual_seed(1)
     rows = torch.randint(work.shape.vocab_size, (4, work.batch_size, work.shape.block_size + 1), generator=generator)
     batches = [(row[:, :-1].contiguous().to(device), row[:, 1:].contiguous().to(device)) for row in rows]
-    roof = measure_roof(device)
+    roof_flops = functools.cache(functools.partial(_roof_flops, device))
     oracle = functools.cache(functools.partial(_oracle, work, tuple(batches)))
 
     def build(name: str) -> Contestant:
@@ -100,7 +100,7 @@ def entrants(work: Work, settings: Settings) -> dict[str, Callable[[], Contestan
             "flops": flops * tokens,
             "tokens": tokens,
             "precision": precision,
-            "roof_flops": roof.flops,
+            "roof_flops": roof_flops(precision),
         }
         return Contestant(
             call=lambda: step(*next(turn)),
@@ -109,6 +109,12 @@ def entrants(work: Work, settings: Settings) -> dict[str, Callable[[], Contestan
         )
 
     return {name: functools.partial(build, name) for name in contestants(device, quick=settings.quick)}
+
+
+def _roof_flops(device: torch.device, precision: str) -> float:
+    chosen = choose_precision(precision, device)
+    with chosen.matmuls():
+        return measure_roof(device, chosen.dtype).flops
 
 
 def _judge(losses: Sequence[float], truth: Sequence[float], tolerance: float) -> str | None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from fastchargpt.bench.charts import chart
 from fastchargpt.bench.report import to_html, to_markdown, write_report
-from fastchargpt.bench.results import Row, Run, changes, load_run, rivalries
+from fastchargpt.bench.runs import Row, Run, changes, load_run, rivalries
 
 from fastchargpt.cli.main import main
 from fastchargpt.errors import ConfigError
@@ -18,6 +18,7 @@ def entry(contest: str, contestant: str, median: float, *, spread: float = 0.05,
     figures = {"median_s": median, "p20_s": median * (1 - spread), "p80_s": median * (1 + spread)}
     return {
         "name": "test_x",
+        "fullname": "bench/test_bench_tokenizers.py::test_x",
         "param": None,
         "stats": {"median": median, "q1": median, "q3": median},
         "extra_info": {"subject": contest.split()[0], "contest": contest, "contestant": contestant, **figures, **facts},

@@ -5,6 +5,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -66,7 +67,9 @@ def _suite(words: Sequence[str]) -> int:
         f"--device={options.device}",
         *(["--quick"] if options.quick else []),
     ]
-    status = subprocess.run([*command, *(f"--peer={peer}" for peer in options.peer), *files]).returncode
+    command += [*(f"--peer={peer}" for peer in options.peer), *files]
+    with tempfile.TemporaryDirectory() as storage:  # pytest-benchmark makes its folder even where nothing goes into it
+        status = subprocess.run([*command, f"--benchmark-storage={Path(storage).as_uri()}"]).returncode
     if options.out.is_file():
         print(f"saved {options.out}; `fastchargpt bench report {options.out}` makes a page of it")
     return status
@@ -95,7 +98,7 @@ def _compare(words: Sequence[str]) -> int:
     parser.add_argument("before", type=Path, metavar="A.json", help="the run to compare with, of the same machine")
     parser.add_argument("after", type=Path, metavar="B.json", help="the newer run")
     options = parser.parse_args(words)
-    from fastchargpt.bench.results import changes, load_run
+    from fastchargpt.bench.runs import changes, load_run
 
     before, after = load_run(options.before), load_run(options.after)
     for name in ("device", "torch", "threads", "quick"):

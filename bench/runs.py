@@ -74,7 +74,7 @@ def load_run(path: Path) -> Run:
 def _row(entry: dict[str, Any]) -> Row:
     facts, stats = dict(entry["extra_info"]), entry["stats"]
     return Row(
-        subject=facts.pop("subject", entry["name"].removeprefix("test_").partition("_")[0].partition("[")[0]),
+        subject=facts.pop("subject", _subject(entry)),
         contest=facts.pop("contest", entry["name"].partition("[")[0].removeprefix("test_").replace("_", " ")),
         contestant=facts.pop("contestant", entry.get("param") or entry["name"]),
         median=float(facts.pop("median_s", stats["median"])),
@@ -82,6 +82,11 @@ def _row(entry: dict[str, Any]) -> Row:
         p80=float(facts.pop("p80_s", stats["q3"])),
         facts=facts,
     )
+
+
+def _subject(entry: dict[str, Any]) -> str:
+    """From the file's name, for rows that do not say."""
+    return Path(entry["fullname"].partition("::")[0]).stem.removeprefix("test_bench_")
 
 
 @dataclass(frozen=True, kw_only=True)
