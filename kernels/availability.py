@@ -1,6 +1,7 @@
 """Whether the Triton kernels can run here: asked once a device, answered in words."""
 
 import importlib.metadata
+import os
 import shutil
 import sys
 import warnings
@@ -59,6 +60,7 @@ def _probe(device_type: str, index: int) -> str | None:
     if torch.version.hip is None and torch.cuda.get_device_capability(index) < MINIMUM_CAPABILITY:
         # Compiled for 7.5 (T4), every tl.dot becomes scalar instructions: correct, spilling, slower than SDPA.
         return f"Triton uses no tensor cores on {torch.cuda.get_device_name(index)} (compute capability below 8.0)"
-    if sys.platform != "win32" and not any(shutil.which(name) for name in ("cc", "gcc", "clang")):
+    compilers = (os.environ.get("CC"), "cc", "gcc", "clang")
+    if sys.platform != "win32" and not any(shutil.which(name) for name in compilers if name):
         return "Triton finds no C compiler (cc, gcc or clang) to build its launcher with"
     return None

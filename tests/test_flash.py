@@ -37,12 +37,9 @@ def test_triton_on_a_cpu_is_refused_outside_the_interpreter() -> None:
 
 def test_explain_names_the_kernels() -> None:
     q, k, v = qkv_case(tq=40)
-    with strict_interpreter():
-        assert "backward tile 64x64, 1 launch" in explain_attention(q, k, v, backend="triton").replace("(es)", "") or (
-            "backward dq" in explain_attention(q, k, v, backend="triton")
-        )
-        with forced(plan_of("tiled", decode=True)):
-            assert "split over the keys" in explain_attention(q[:, :, :1], k, v, backend="triton")
+    with strict_interpreter(), forced(plan_of("blocks", decode=True)):
+        assert "forward tiled 16x16; backward blocks 16x16, 1 launch" in explain_attention(q, k, v, backend="triton")
+        assert "split over the keys" in explain_attention(q[:, :, :1], k, v, backend="triton")
 
 
 def test_a_training_step_is_two_launches_and_copies_nothing() -> None:
