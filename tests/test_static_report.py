@@ -119,7 +119,7 @@ def test_every_figure_is_labelled_an_estimate():
     assert all(row["note"].startswith("estimate") for row in rows)
     assert {row["implementation"] for row in rows} >= {"fastchargpt", "textbook"}
     assert {row["T"] for row in rows} == {"64", "128", "256", "512", "1024"}
-    assert {row["target"] for row in rows} == set(PEAKS)
+    assert {"sm_80", "sm_90"} <= {row["target"] for row in rows} <= set(PEAKS)
 
 
 def test_reports_carry_what_the_estimate_reads():
