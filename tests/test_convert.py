@@ -490,6 +490,8 @@ def test_nothing_is_left_of_a_failed_conversion(tmp_path: Path, monkeypatch: pyt
         with pytest.raises(CheckpointError, match=r"differ by .* nothing was written"):
             convert(source, tmp_path / "out", check=True)
 
+    assert [path.name for path in tmp_path.iterdir()] == [source.name]
+
     def fail(*_: Any, **__: Any) -> None:
         raise OSError(28, os.strerror(28))
 
