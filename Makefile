@@ -4,10 +4,10 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 SETUP  := pyproject.toml setup.py constraints.txt
-OUT    ?= out
+OUT    ?= out/demo
 ARGS   ?=
 
-.PHONY: help train test test-gpu lint types bench clean
+.PHONY: help train test test-gpu lint types bench bench-compare clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -26,17 +26,23 @@ lint: $(VENV)/.installed-dev types  ## ruff and mypy --strict
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# mypy does not follow the editable finder, so it gets a tree in which src/fastchargpt and kernels/ lie together.
+# mypy does not follow the editable finder, so it gets a tree in which src/fastchargpt, kernels/ and bench/ lie together.
 types: $(VENV)/.installed-dev  ## mypy --strict
 	@rm -rf build/types && mkdir -p build/types/fastchargpt
-	@ln -s $(CURDIR)/src/fastchargpt/* $(CURDIR)/kernels build/types/fastchargpt/
+	@ln -s $(CURDIR)/src/fastchargpt/* $(CURDIR)/kernels $(CURDIR)/bench build/types/fastchargpt/
 	cd build/types && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache -p fastchargpt
 
-bench: $(VENV)/.installed-dev  ## the benchmark suite
-	$(BIN)/python -m pytest bench --benchmark-only $(ARGS)
+bench: $(VENV)/.installed-dev  ## the benchmark suite, and its report (ARGS=--quick for 3 minutes; see bench/README.md)
+	$(BIN)/fastchargpt bench --out bench.json $(ARGS)
+	$(BIN)/fastchargpt bench report bench.json --out bench.html
+
+bench-compare: $(VENV)/.installed-dev  ## measure again and compare with BASE=earlier.json of the same machine
+	@test -n "$(BASE)" || { echo "make bench-compare needs BASE=earlier.json" >&2; exit 2; }
+	$(BIN)/fastchargpt bench --out bench.json $(ARGS)
+	$(BIN)/fastchargpt bench compare $(BASE) bench.json
 
 clean:  ## remove everything that make made
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks src/*.egg-info
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks bench.json bench.html bench.md src/*.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/bin/python:

@@ -67,6 +67,6 @@ PEAKS = {
     "gfx942": Peak(
         model="MI300X", processors=304, clock=2.1e9, tensor=1024, fp32=64, alu=64, special=16, memory_lanes=64, issue=4,
         shared_bytes=128, fill_bytes=64, dram=5.3e12, warp=64,
-        source="CDNA 3 whitepaper: 1307.4 TFLOPS bf16, 5.3 TB/s, 304 CUs, 2100 MHz, 64 lanes and 128 bytes of LDS a clock",
+        source="CDNA 3 whitepaper: 1307.4 TFLOPS bf16, 5.3 TB/s, 304 CUs, 2100 MHz, 128 bytes of LDS a clock",
     ),
 }  # fmt: skip

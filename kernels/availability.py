@@ -1,42 +1,38 @@
 """Whether the Triton kernels can run here: asked once a device, answered in words."""
 
 import importlib.metadata
+import os
 import shutil
 import sys
 import warnings
 
 import torch
 
-__all__ = ["MINIMUM_TRITON", "triton_problem"]
+__all__ = ["MINIMUM_CAPABILITY", "MINIMUM_TRITON", "triton_problem"]
 
 MINIMUM_TRITON = (3, 5)
+MINIMUM_CAPABILITY = (8, 0)
 
-_ANSWERS: dict[tuple[str, int], str | None] = {}
+_ANSWERS: dict[int, str | None] = {}  # by CUDA device
 
 
-def triton_problem(device_type: str, index: int, bfloat16: bool) -> str | None:
+def triton_problem(device_type: str, index: int) -> str | None:
     """Why the Triton kernels cannot run on this device, as half a sentence, or None when they can.
 
     The first time that a GPU has to go without them, it is said in a warning.
     """
-    device = (device_type, index)
-    if device not in _ANSWERS:
-        problem = _ANSWERS[device] = _probe(device_type, index)
-        if problem is not None and device_type == "cuda":
-            warnings.warn(f"fastchargpt: attention runs on torch's SDPA, because {problem}", stacklevel=3)
-    problem = _ANSWERS[device]
-    if problem is None and bfloat16 and device_type == "cuda" and _lacks_bfloat16(index):
-        return f"{torch.cuda.get_device_name(index)} has no bfloat16"
-    return problem
+    if device_type != "cuda":
+        return _probe(device_type, index)
+    if index not in _ANSWERS:
+        _ANSWERS[index] = _probe(device_type, index)
+        if _ANSWERS[index] is not None:
+            warnings.warn(f"fastchargpt: attention runs on torch's SDPA, because {_ANSWERS[index]}", stacklevel=3)
+    return _ANSWERS[index]
 
 
 # torch.compile calls it while tracing and keeps the answer (what torch.compiler.assume_constant_result sets, without
 # the second that importing torch._dynamo takes).
 triton_problem._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
-def _lacks_bfloat16(index: int) -> bool:
-    return torch.version.hip is None and torch.cuda.get_device_capability(index) < (8, 0)
 
 
 def _probe(device_type: str, index: int) -> str | None:
@@ -61,8 +57,10 @@ def _probe(device_type: str, index: int) -> str | None:
         return (
             f"Triton compiles for GPUs only (TRITON_INTERPRET=1 runs its interpreter), and the device is {device_type}"
         )
-    if torch.version.hip is None and torch.cuda.get_device_capability(index) < (7, 5):
-        return f"{torch.cuda.get_device_name(index)} is older than compute capability 7.5"
-    if sys.platform != "win32" and not any(shutil.which(name) for name in ("cc", "gcc", "clang")):
+    if torch.version.hip is None and torch.cuda.get_device_capability(index) < MINIMUM_CAPABILITY:
+        # Compiled for 7.5 (T4), every tl.dot becomes scalar instructions: correct, spilling, slower than SDPA.
+        return f"Triton uses no tensor cores on {torch.cuda.get_device_name(index)} (compute capability below 8.0)"
+    compilers = (os.environ.get("CC"), "cc", "gcc", "clang")
+    if sys.platform != "win32" and not any(shutil.which(name) for name in compilers if name):
         return "Triton finds no C compiler (cc, gcc or clang) to build its launcher with"
     return None

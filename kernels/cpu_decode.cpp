@@ -21,6 +21,9 @@
 #include <mutex>
 #include <thread>
 #include <vector>
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
@@ -29,8 +32,7 @@
 namespace {
 
 typedef float v8 __attribute__((vector_size(32)));
-typedef int32_t i8x32 __attribute__((vector_size(32)));
-typedef int8_t b8 __attribute__((vector_size(8)));
+typedef int32_t i8 __attribute__((vector_size(32)));
 
 constexpr int LANES = 8;
 constexpr int PANEL = 16;      // outputs whose weights lie side by side
@@ -38,10 +40,6 @@ constexpr float NORM_EPS = 1e-5f;
 
 inline v8 load(const float* p) { v8 v; std::memcpy(&v, p, sizeof v); return v; }
 inline void store(float* p, v8 v) { std::memcpy(p, &v, sizeof v); }
-inline v8 load(const int8_t* p) {
-    b8 v; std::memcpy(&v, p, sizeof v);
-    return __builtin_convertvector(__builtin_convertvector(v, i8x32), v8);
-}
 inline float sum(v8 v) { return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7])); }
 inline v8 splat(float x) { return v8{x, x, x, x, x, x, x, x}; }
 
@@ -115,14 +113,15 @@ struct Arena {
     ~Arena() { std::free(base); }
 };
 
-// A linear layer: weights in panels [N / PANEL][K][PANEL], in fp32 and, where asked for, in int8 with a scale per output.
+// A linear layer: weights in panels, in fp32 [N / PANEL][K][PANEL] and, where asked for, in int8 with a scale per output,
+// [N / PANEL][K / 2][PANEL][2]: two inputs side by side, because processors multiply and add 16-bit numbers in pairs.
 struct Linear {
     int n = 0, k = 0, panels = 0;
     float* w = nullptr;
     int8_t* q = nullptr;
     std::vector<float> scale, bias;  // padded to whole panels
 
-    static size_t count(int n, int k) { return size_t((n + PANEL - 1) / PANEL) * PANEL * k; }
+    static size_t count(int n, int k) { return size_t((n + PANEL - 1) / PANEL) * PANEL * ((k + 1) / 2 * 2); }
 
     void pack(const float* weight, const float* b, int rows, int cols, Arena* wide, Arena* narrow) {
         n = rows; k = cols; panels = (n + PANEL - 1) / PANEL;
@@ -133,52 +132,115 @@ struct Linear {
         if (narrow) { q = narrow->take<int8_t>(count(n, k)); std::memset(q, 0, count(n, k)); }
         for (int i = 0; i < n; i++) {
             const float* row = weight + size_t(i) * k;
-            size_t at = size_t(i / PANEL) * PANEL * k + i % PANEL;
-            if (wide) for (int j = 0; j < k; j++) w[at + size_t(j) * PANEL] = row[j];
+            float* wide_to = w + size_t(i / PANEL) * PANEL * k + i % PANEL;
+            if (wide) for (int j = 0; j < k; j++) wide_to[size_t(j) * PANEL] = row[j];
             if (!narrow) continue;
+            int8_t* narrow_to = q + size_t(i / PANEL) * PANEL * ((k + 1) / 2 * 2) + i % PANEL * 2;
             float top = 0.0f;
             for (int j = 0; j < k; j++) top = std::max(top, std::fabs(row[j]));
             float step = top > 0.0f ? top / 127.0f : 1.0f;
             scale[i] = step;
-            for (int j = 0; j < k; j++) q[at + size_t(j) * PANEL] = int8_t(std::lrint(row[j] / step));
+            for (int j = 0; j < k; j++)
+                narrow_to[size_t(j / 2) * PANEL * 2 + j % 2] = int8_t(std::lrint(row[j] / step));
         }
     }
 };
 
-// y[m][i] for ROWS tokens and COUNT panels from `panel` on; the accumulators stay in registers.
-template <int ROWS, int COUNT, class W>
-inline void tile(const W* w, size_t stride, const float* x, int ldx, int k, v8 (&acc)[ROWS][COUNT][2]) {
-    constexpr int AHEAD = sizeof(W) == 4 ? 32 : 64;  // in inputs: about 2 KB of each stream in flight
-    for (int m = 0; m < ROWS; m++) for (int c = 0; c < COUNT; c++) acc[m][c][0] = acc[m][c][1] = splat(0.0f);
+// Inputs of a layer: as they are, or rounded to 16-bit numbers of which two with an int8 weight each never overflow the
+// sum: 2**13 * 2**7 * K stays below 2**31 for K up to 2048, and longer rows take fewer bits.
+struct Wide { const float* x; int ld; };
+struct Narrow { const int16_t* x; const float* scale; int ld; };
+
+int levels(int k) {
+    int top = 8191;
+    while (int64_t(top) * 127 * k >= INT32_MAX) top /= 2;
+    return top;
+}
+
+void quantise(const float* x, int k, int16_t* to, float* scale) {
+    float top = 0.0f;
+    for (int j = 0; j < k; j++) { float a = std::fabs(x[j]); top = a > top ? a : top; }
+    float step = top > 0.0f ? top / levels(k) : 1.0f, inverse = 1.0f / step;
     for (int j = 0; j < k; j++) {
-        v8 in[ROWS];
-        for (int m = 0; m < ROWS; m++) in[m] = splat(x[size_t(m) * ldx + j]);
+        // adding 1.5 * 2**23 rounds, as in fast_exp
+        float shifted = x[j] * inverse + 12582912.0f;
+        int32_t bits;
+        std::memcpy(&bits, &shifted, 4);
+        to[j] = int16_t(bits - 0x4B400000);
+    }
+    if (k % 2) to[k] = 0;
+    *scale = step;
+}
+
+// acc[m][c] = the outputs of panels `panel` .. `panel + COUNT - 1` for ROWS tokens from m0 on, in registers.
+template <int ROWS, int COUNT>
+inline void tile(const Linear& l, const Wide& in, int panel, int m0, v8 (&acc)[ROWS][COUNT][2]) {
+    constexpr int AHEAD = 32 * PANEL;  // 2 KB of each stream in flight
+    size_t stride = size_t(l.k) * PANEL;
+    const float* w = l.w + panel * stride;
+    const float* x = in.x + size_t(m0) * in.ld;
+    for (int m = 0; m < ROWS; m++) for (int c = 0; c < COUNT; c++) acc[m][c][0] = acc[m][c][1] = splat(0.0f);
+    for (int j = 0; j < l.k; j++) {
+        v8 a[ROWS];
+        for (int m = 0; m < ROWS; m++) a[m] = splat(x[size_t(m) * in.ld + j]);
         for (int c = 0; c < COUNT; c++) {
-            const W* at = w + c * stride + size_t(j) * PANEL;
-            __builtin_prefetch(at + AHEAD * PANEL);
+            const float* at = w + c * stride + size_t(j) * PANEL;
+            __builtin_prefetch(at + AHEAD);
             v8 lo = load(at), hi = load(at + LANES);
-            for (int m = 0; m < ROWS; m++) { acc[m][c][0] += lo * in[m]; acc[m][c][1] += hi * in[m]; }
+            for (int m = 0; m < ROWS; m++) { acc[m][c][0] += lo * a[m]; acc[m][c][1] += hi * a[m]; }
         }
     }
+}
+
+// the sums of products of 8 outputs' weight pairs with one pair of inputs
+inline i8 pairs(const int8_t* w, const int16_t* x) {
+#if defined(__AVX2__)
+    int32_t both;
+    std::memcpy(&both, x, 4);
+    __m256i wide = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(w)));
+    return i8(_mm256_madd_epi16(wide, _mm256_set1_epi32(both)));
+#else
+    i8 out;
+    for (int i = 0; i < LANES; i++) out[i] = int32_t(w[2 * i]) * x[0] + int32_t(w[2 * i + 1]) * x[1];
+    return out;
+#endif
+}
+
+template <int ROWS, int COUNT>
+inline void tile(const Linear& l, const Narrow& in, int panel, int m0, v8 (&acc)[ROWS][COUNT][2]) {
+    constexpr int AHEAD = 32 * 2 * PANEL;
+    size_t stride = size_t((l.k + 1) / 2) * 2 * PANEL;
+    const int8_t* w = l.q + panel * stride;
+    const int16_t* x = in.x + size_t(m0) * in.ld;
+    i8 sums[ROWS][COUNT][2] = {};
+    for (int j = 0; j < l.k; j += 2) {
+        for (int c = 0; c < COUNT; c++) {
+            const int8_t* at = w + c * stride + size_t(j) * PANEL;
+            __builtin_prefetch(at + AHEAD);
+            for (int m = 0; m < ROWS; m++) {
+                const int16_t* pair = x + size_t(m) * in.ld + j;
+                sums[m][c][0] += pairs(at, pair);
+                sums[m][c][1] += pairs(at + 2 * LANES, pair);
+            }
+        }
+    }
+    for (int m = 0; m < ROWS; m++) for (int c = 0; c < COUNT; c++) for (int h = 0; h < 2; h++)
+        acc[m][c][h] = __builtin_convertvector(sums[m][c][h], v8) * splat(in.scale[m0 + m])
+                       * load(&l.scale[(panel + c) * PANEL + h * LANES]);
 }
 
 enum Then { STORE, ADD, ACTIVATE };
 
 struct Output { float* y; int ldy; Then then; int activation; };
 
-template <int ROWS, int COUNT, class W>
-void block(const Linear& l, const W* weights, bool scaled, int panel, const float* x, int ldx, int m0, const Output& out) {
+template <int ROWS, int COUNT, class In>
+void block(const Linear& l, const In& in, int panel, int m0, const Output& out) {
     v8 acc[ROWS][COUNT][2];
-    size_t stride = size_t(l.k) * PANEL;
-    tile<ROWS, COUNT, W>(weights + panel * stride, stride, x + size_t(m0) * ldx, ldx, l.k, acc);
+    tile<ROWS, COUNT>(l, in, panel, m0, acc);
     for (int m = 0; m < ROWS; m++) for (int c = 0; c < COUNT; c++) {
         int first = (panel + c) * PANEL, width = std::min(PANEL, l.n - first);
         float y[PANEL];
-        for (int h = 0; h < 2; h++) {
-            v8 v = acc[m][c][h];
-            if (scaled) v *= load(&l.scale[first + h * LANES]);
-            store(y + h * LANES, v + load(&l.bias[first + h * LANES]));
-        }
+        for (int h = 0; h < 2; h++) store(y + h * LANES, acc[m][c][h] + load(&l.bias[first + h * LANES]));
         if (out.then == ACTIVATE) activate(y, PANEL, out.activation);
         float* to = out.y + size_t(m0 + m) * out.ldy + first;
         if (out.then == ADD) for (int i = 0; i < width; i++) to[i] += y[i];
@@ -188,25 +250,25 @@ void block(const Linear& l, const W* weights, bool scaled, int panel, const floa
 
 // The thread's share of a linear layer for M tokens. One token takes four panels at a time, to keep enough products in
 // flight; several take one or two panels and reuse each weight that was read.
-template <class W>
-void linear(const Linear& l, const W* w, bool scaled, const float* x, int ldx, int M, const Output& out, int me, int of) {
+template <class In>
+void linear(const Linear& l, const In& in, int M, const Output& out, int me, int of) {
     int first = int(int64_t(l.panels) * me / of), end = int(int64_t(l.panels) * (me + 1) / of);
     if (M == 1) {
         int p = first;
-        for (; p + 4 <= end; p += 4) block<1, 4, W>(l, w, scaled, p, x, ldx, 0, out);
-        for (; p + 2 <= end; p += 2) block<1, 2, W>(l, w, scaled, p, x, ldx, 0, out);
-        for (; p < end; p++) block<1, 1, W>(l, w, scaled, p, x, ldx, 0, out);
+        for (; p + 4 <= end; p += 4) block<1, 4>(l, in, p, 0, out);
+        for (; p + 2 <= end; p += 2) block<1, 2>(l, in, p, 0, out);
+        for (; p < end; p++) block<1, 1>(l, in, p, 0, out);
         return;
     }
     for (int p = first; p < end; p++) {
         int m = 0;
-        for (; m + 6 <= M; m += 6) block<6, 1, W>(l, w, scaled, p, x, ldx, m, out);
+        for (; m + 6 <= M; m += 6) block<6, 1>(l, in, p, m, out);
         switch (M - m) {
-            case 5: block<5, 1, W>(l, w, scaled, p, x, ldx, m, out); break;
-            case 4: block<4, 1, W>(l, w, scaled, p, x, ldx, m, out); break;
-            case 3: block<3, 1, W>(l, w, scaled, p, x, ldx, m, out); break;
-            case 2: block<2, 1, W>(l, w, scaled, p, x, ldx, m, out); break;
-            case 1: block<1, 1, W>(l, w, scaled, p, x, ldx, m, out); break;
+            case 5: block<5, 1>(l, in, p, m, out); break;
+            case 4: block<4, 1>(l, in, p, m, out); break;
+            case 3: block<3, 1>(l, in, p, m, out); break;
+            case 2: block<2, 1>(l, in, p, m, out); break;
+            case 1: block<1, 1>(l, in, p, m, out); break;
         }
     }
 }
@@ -304,7 +366,8 @@ struct Model {
     int64_t table_length = 0;
     // scratch, grown to the largest M seen
     std::vector<float> x, qkv, y, h, spare;
-    std::vector<std::vector<float>> normed, scores;
+    std::vector<std::vector<float>> normed, scores, scales;
+    std::vector<std::vector<int16_t>> rounded;
     Call call;
     int running = 1;
 
@@ -339,8 +402,15 @@ struct Model {
     }
 
     void apply(const Linear& l, const float* in, int ld, const Output& out, int me) {
-        if (call.narrow) linear<int8_t>(l, l.q, true, in, ld, call.M, out, me, running);
-        else linear<float>(l, l.w, false, in, ld, call.M, out, me, running);
+        if (call.narrow) {
+            std::vector<int16_t>& own = rounded[me];
+            std::vector<float>& scale = scales[me];
+            int even = (ld + 1) / 2 * 2;
+            for (int m = 0; m < call.M; m++) quantise(in + size_t(m) * ld, ld, &own[size_t(m) * even], &scale[m]);
+            linear(l, Narrow{own.data(), scale.data(), even}, call.M, out, me, running);
+        } else {
+            linear(l, Wide{in, ld}, call.M, out, me, running);
+        }
         team->barrier(running);
     }
 
@@ -456,6 +526,8 @@ struct Model {
         if (x.size() < M * C) {
             x.resize(M * C); y.resize(M * C); h.resize(M * 4 * C); qkv.resize(M * (H + 2 * G) * D);
             for (auto& own : normed) own.resize(M * C);
+            for (auto& own : rounded) own.resize(M * (4 * C + 2));
+            for (auto& own : scales) own.resize(M);
         }
         team->run([](void* self, int me, int) { static_cast<Model*>(self)->work(me); }, this, running);
         if (softcap > 0.0f) for (size_t i = 0; i < M * V; i++) c.logits[i] = softcap * std::tanh(c.logits[i] / softcap);
@@ -525,6 +597,8 @@ void* fc_new(const int64_t* ints, double softcap, const float* const* w) {
     m->head.pack(w[2], w[3], m->V, C, wide, narrow);
     m->team = new Team(m->threads);
     m->normed.resize(m->threads);
+    m->rounded.resize(m->threads);
+    m->scales.resize(m->threads);
     m->scores.assign(m->threads, std::vector<float>(size_t(m->S)));
     return m;
 }

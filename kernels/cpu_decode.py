@@ -1,8 +1,8 @@
 """The native decoding step for CPUs: builds cpu_decode.cpp on first use and calls it.
 
 The C++ file is compiled for the very machine it runs on (a few seconds, once), by whatever C++ compiler is on the path,
-and kept in the user's cache under a name that changes with the source, the compiler and the processor. Where that cannot
-be done, `library` says why and decoding goes on in torch.
+and kept in the user's cache under a name that changes with the source, the compiler and the processor. Where that
+cannot be done, `library` says why and decoding goes on in torch.
 """
 
 import ctypes
@@ -40,7 +40,7 @@ def library() -> ctypes.CDLL:
     """The compiled library, built if it has to be.
 
     Raises:
-        BackendUnavailableError: no POSIX system, no compiler, or it could not compile or load the file; with the reason.
+        BackendUnavailableError: no POSIX system, no compiler, or a file that does not compile or load; with the reason.
     """
     if problem := _problem:
         raise BackendUnavailableError(problem[0])
@@ -139,8 +139,8 @@ class NativeModel:
         ints: n_layer, n_embd, n_head, kv heads, head_dim, block_size, vocab_size, whether RMSNorm, the activation's
             number, whether QK-norm, whether RoPE, threads, whether to keep fp32 weights, whether to keep int8 weights.
         softcap: bound of the logits; 0 for none.
-        weights: float32 tensors on the CPU, None where the model has none: wte, wpe; for each layer ln_1 (weight, bias),
-            c_attn, c_proj, ln_2, c_fc, c_proj; ln_f; lm_head. They are copied.
+        weights: float32 tensors on the CPU, None where the model has none: wte, wpe; weight and bias of each layer's
+            ln_1, c_attn, c_proj, ln_2, c_fc, c_proj, of ln_f and of lm_head. They are copied.
 
     Raises:
         BackendUnavailableError: the library cannot be had, or there is no memory for the copy.
@@ -234,7 +234,7 @@ class NativeModel:
 
 
 class NativeCache:
-    """The memory of a batch: keys and values (layers, 2, B, kv heads, slots, D) and rotary tables (2, positions, D / 2)."""
+    """A batch's memory: keys and values (layers, 2, B, kv heads, slots, D), rotary tables (2, positions, D / 2)."""
 
     def __init__(self, kv: Tensor, rope: Tensor | None) -> None:
         self.kv, self.rope = kv, rope

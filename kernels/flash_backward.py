@@ -6,6 +6,8 @@ queries of every head that shares them. The probabilities are recomputed from th
 `dq_of_block` and `dkdv_of_block` are also what the one-launch kernel of flash_short.py is made of.
 """
 
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"
+# (a kernel is Triton's language in Python's grammar: its arguments have no Python types)
 import torch
 import triton
 import triton.language as tl
@@ -37,7 +39,7 @@ def delta_of_rows(out, dout, dlse_head, start_m, tq, BLOCK_M: tl.constexpr, HAS_
 
 @triton.jit
 def lse_of_rows(lse_head, start_m, tq, like, BLOCK_M: tl.constexpr):
-    """The rows' log-sum-exp as exponents, [BLOCK_M], +inf where a row is not there or sees nothing: its probabilities are 0."""
+    """The rows' log-sum-exp as exponents, [BLOCK_M], +inf (probability 0) for rows not there or that see nothing."""
     lse = load_rows(lse_head, start_m, tq, float("inf"), BLOCK_M)
     return tl.where(lse == float("-inf"), float("inf"), exponent(lse, like))
 
@@ -425,7 +427,7 @@ def backward_dkdv_kernel(
     v = load_tile(v_head, start_n, stride_vt, stride_vd, tk, BLOCK_N, HEAD_DIM, BLOCK_D, True)
     dk = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32)
     dv = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32)
-    for member in range(0, group):
+    for member in range(group):
         head = kv_head * group + member
         q_head = head_pointer(q_ptr, batch, head, stride_qb, stride_qh)
         dout_head = head_pointer(dout_ptr, batch, head, stride_dob, stride_doh)

@@ -8,6 +8,8 @@
 No program writes what another one reads, so nothing is ordered and nothing is atomic.
 """
 
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"
+# (a kernel is Triton's language in Python's grammar: its arguments have no Python types)
 import torch
 import triton
 import triton.language as tl
@@ -87,7 +89,7 @@ def backward_tile_kernel(
     v = load_tile(v_head, 0, stride_vt, stride_vd, tk, BLOCK_N, HEAD_DIM, BLOCK_D, True)
     dk = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32)
     dv = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32)
-    for member in range(0, group):
+    for member in range(group):
         head = kv_head * group + member
         q_head = head_pointer(q_ptr, batch, head, stride_qb, stride_qh)
         q = load_tile(q_head, 0, stride_qt, stride_qd, tq, BLOCK_M, HEAD_DIM, BLOCK_D, True)
@@ -204,7 +206,7 @@ def backward_blocks_kernel(
         v = load_tile(v_head, start, stride_vt, stride_vd, tk, BLOCK_N, HEAD_DIM, BLOCK_D, True)
         dk = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32)
         dv = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32)
-        for member in range(0, group):
+        for member in range(group):
             head = kv_head * group + member
             rows_before = (tl.cast(batch, tl.int64) * heads + head) * tq
             dk, dv = dkdv_of_block(
@@ -223,7 +225,7 @@ def backward_blocks_kernel(
         store_tile(dv_head, dv, start, stride_dvt, stride_dvd, tk, BLOCK_N, HEAD_DIM, BLOCK_D)
 
     if start < tq:
-        for member in range(0, group):
+        for member in range(group):
             head_q = kv_head * group + member
             rows = (tl.cast(batch, tl.int64) * heads + head_q) * tq
             q_head = head_pointer(q_ptr, batch, head_q, stride_qb, stride_qh)
@@ -259,12 +261,12 @@ def backward(
     arguments: LaunchArguments,
     config: Config,
 ) -> None:
-    """Fill dq, dk and dv (shapes of q, k, v; any strides) in one launch, as `config.kernel` says: "tile" or "blocks"."""
+    """Fill dq, dk and dv (shapes of q, k, v; any strides) in one launch: `config.kernel` is "tile" or "blocks"."""
     batch, kv_heads, tk, _ = k.shape
     tq = q.shape[2]
     flags = {**arguments.constants, "HAS_DLSE": dlse is not None, **config.options}
     if config.kernel == "tile":
-        assert tq <= config.block_m and tk <= config.block_n, "one tile does not hold the sequence"
+        assert max(tq - config.block_m, tk - config.block_n) <= 0, "one tile does not hold the sequence"
         backward_tile_kernel[(batch * kv_heads,)](
             q,
             k,

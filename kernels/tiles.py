@@ -5,6 +5,8 @@ the columns beyond HEAD_DIM hold zeros. Offsets are 64-bit, positions in a seque
 makes the inner loop a third longer.
 """
 
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"
+# (a kernel is Triton's language in Python's grammar: its arguments have no Python types)
 import triton
 import triton.language as tl
 
@@ -83,7 +85,7 @@ def causal_mask(first_row, first_key, shift, BLOCK_M: tl.constexpr, BLOCK_N: tl.
     return last_seen[:, None] >= tl.arange(0, BLOCK_N)[None, :]
 
 
-# Exponents of 16-bit inputs are held in base 2, where exp2(scores * scale - lse) is one multiply-add and one exponential.
+# Exponents of 16-bit inputs are held in base 2: exp2(scores * scale - lse) is one multiply-add and one exponential.
 # Those of fp32 inputs are held in natural units and converted last: log2(e) rounded into every term would cost a bit.
 
 

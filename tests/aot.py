@@ -9,8 +9,10 @@ compiled is what a user's GPU would compile. The Triton wheel brings the whole t
 cuobjdump and nvdisasm to read it back, LLVM for AMD.
 """
 
+import ast
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -25,6 +27,7 @@ from typing import Any
 
 import torch
 import triton
+import triton.language as tl
 from control_flow import Code, Instruction, innermost_loops
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -34,7 +37,9 @@ from ttir import loops_with_dots, narrow_products
 
 __all__ = ["TARGETS", "Launch", "Loop", "Report", "Target", "compile_launch", "launch_of", "record_launches"]
 
-CACHE = Path(__file__).resolve().parents[1] / "build" / "aot"
+HERE = Path(__file__).resolve().parent
+CACHE = HERE.parent / "build" / "aot"
+READERS = ("aot.py", "control_flow.py", "ttir.py")  # what a remembered report depends on besides the launch
 NVIDIA_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
@@ -91,18 +96,41 @@ class Launch:
         return {self.kernel.arg_names[path[0]]: value for path, value in self.constexprs.items() if len(path) == 1}
 
     def key(self, target: str) -> str:
-        """Names the machine code: equal keys compile to equal code. Covers the kernel's source and all it calls."""
+        """Names the machine code: equal keys compile to equal code. Comments and line numbers do not count."""
         parts = (
-            self.kernel.cache_key,
+            _source(self.kernel),
             sorted(self.signature.items()),
             sorted((path, str(value)) for path, value in self.constexprs.items()),
             sorted((path, str(value)) for path, value in self.attributes.items()),
             sorted((name, str(value)) for name, value in self.options.items()),
             target,
             triton.__version__,
-            Path(__file__).read_bytes(),
         )
-        return hashlib.sha256(repr(parts).encode()).hexdigest()
+        return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
+
+
+@functools.cache
+def _source(kernel: JITFunction) -> list[tuple[str, str]]:
+    """The syntax trees of a kernel and of the package's functions that it reaches, with the constants they use."""
+    found: dict[str, str] = {}
+
+    def visit(function: JITFunction) -> None:
+        name = f"{function.fn.__module__}.{function.fn.__qualname__}"
+        if name in found or name.startswith("triton."):
+            return
+        (tree,) = ast.parse(function.src).body
+        if ast.get_docstring(tree):
+            tree.body = tree.body[1:]
+        found[name] = ast.dump(tree)
+        for used in sorted({node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}):
+            value = function.fn.__globals__.get(used)
+            if isinstance(value, JITFunction):
+                visit(value)
+            elif isinstance(value, tl.constexpr):
+                found[f"{name}: {used}"] = repr(value.value)
+
+    visit(kernel)
+    return sorted(found.items())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -221,7 +249,7 @@ def launch_of(target: str, kernel: JITFunction, grid: tuple[int, ...], *args: An
 
 def compile_launch(launch: Launch, target: str) -> Report:
     """Compile a launch for a target and read the result; remembered in build/aot by everything that decides it."""
-    path = CACHE / f"{launch.key(target)}.json"
+    path = CACHE / f"{launch.key(target)}-{_readers()}.json"
     if path.exists():
         fields = json.loads(path.read_text())
         return Report(**fields | {"loops": [Loop(loop) for loop in fields["loops"]]})
@@ -232,6 +260,11 @@ def compile_launch(launch: Launch, target: str) -> Report:
         json.dump(fields, file)
     os.replace(file.name, path)  # whole or not at all: several test processes share the folder
     return report
+
+
+@functools.cache
+def _readers() -> str:
+    return hashlib.sha256(b"".join((HERE / name).read_bytes() for name in READERS)).hexdigest()[:8]
 
 
 def _compile(launch: Launch, target: Target) -> Report:

@@ -1,8 +1,12 @@
 """The rules of the compile gate: what a kernel's machine code must and must not have before a launch may ship."""
 
-from aot import TARGETS, Launch, Report
+from typing import NamedTuple
 
-__all__ = ["TENSOR_MEMORY_COLUMNS", "problems"]
+from aot import TARGETS, Launch, Report, compile_launch, record_launches
+from fastchargpt.kernels.tuning import Config
+from launches import Case, run_kernel
+
+__all__ = ["TENSOR_MEMORY_COLUMNS", "Judgement", "judge", "launches_of", "problems"]
 
 TENSOR_MEMORY_COLUMNS = 512  # of sm_100; asking for more compiles, without a word, to a kernel that only traps
 
@@ -28,4 +32,34 @@ def problems(launch: Launch, report: Report) -> list[str]:
         found.append(f"atomics: {', '.join(report.atomics)}")
     if report.narrow_products:
         found.append(f"32-bit offsets: {len(report.narrow_products)}, the first in {report.narrow_products[0]!r}")
+    return found
+
+
+class Judgement(NamedTuple):
+    """One launch of a kernel, what the compiler made of it, and everything that keeps it from shipping."""
+
+    launch: Launch
+    report: Report | None  # None: it does not compile
+    problems: list[str]
+
+
+def launches_of(config: Config, case: Case, target: str) -> list[Launch]:
+    """The launches that an entry of the tables is responsible for."""
+    with record_launches(target) as launches:
+        run_kernel(config, case, "meta")
+    if config.kernel in ("dq", "dkdv"):  # they run together, and are judged apart
+        return [launch for launch in launches if f"_{config.kernel}_" in launch.name]
+    return launches
+
+
+def judge(config: Config, case: Case, target: str) -> list[Judgement]:
+    """Compile what an entry launches in one case, and hold it against the rules."""
+    found = []
+    for launch in launches_of(config, case, target):
+        try:
+            report = compile_launch(launch, target)
+        except Exception as error:  # whatever a compiler raises when it gives up
+            found.append(Judgement(launch, None, [f"does not compile: {type(error).__name__}: {str(error)[-300:]}"]))
+        else:
+            found.append(Judgement(launch, report, problems(launch, report)))
     return found

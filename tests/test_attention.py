@@ -169,6 +169,7 @@ def test_auto_takes_triton_on_a_gpu_that_it_serves(
     monkeypatch: pytest.MonkeyPatch, problem: str | None, return_lse: bool, expected: str
 ) -> None:
     monkeypatch.setattr(attention, "triton_problem", lambda *_: problem)
+    monkeypatch.setattr(attention, "widest_head", lambda *_: 64)
     x = _OnGpu()
     name, reason = choose_backend(
         x,
@@ -187,9 +188,9 @@ def test_a_gpu_without_triton_says_so_once(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(availability, "_ANSWERS", {})
     monkeypatch.setattr(availability, "_probe", lambda *_: "Triton is not installed")
     with pytest.warns(UserWarning, match="SDPA, because Triton is not installed"):
-        assert availability.triton_problem("cuda", 0, False) == "Triton is not installed"
+        assert availability.triton_problem("cuda", 0) == "Triton is not installed"
     with warnings.catch_warnings(action="error"):
-        assert availability.triton_problem("cuda", 0, False) == "Triton is not installed"
+        assert availability.triton_problem("cuda", 0) == "Triton is not installed"
 
 
 def test_explain_says_which_and_why() -> None:

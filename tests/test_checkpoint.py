@@ -1,5 +1,6 @@
 """A checkpoint survives failures at every step of its writing, notices damage, and runs nothing that it reads."""
 
+import contextlib
 import errno
 import json
 import os
@@ -14,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from fastchargpt.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from fastchargpt.checkpoint import Checkpoint, load_checkpoint, load_last_good, save_checkpoint
 from fastchargpt.config import GPTConfig, TrainConfig
 from fastchargpt.errors import CheckpointError, OutDirError
 from fastchargpt.loading import load
@@ -93,20 +94,20 @@ def _failing_at(monkeypatch: pytest.MonkeyPatch, number: int, error: BaseExcepti
     return lambda: calls
 
 
+@pytest.mark.parametrize("keep_previous", [False, True])
 @pytest.mark.parametrize("kind", ["killed", "disk full"])
-def test_every_system_call_may_fail(tmp_path: Path, kind: str) -> None:
+def test_every_system_call_may_fail(tmp_path: Path, kind: str, keep_previous: bool) -> None:
     number, finished = 0, False
     while not finished:
         number += 1
         folder = tmp_path / str(number) / "last"
-        save_checkpoint(folder, checkpoint(1))
+        save_checkpoint(folder, checkpoint(0))
+        save_checkpoint(folder, checkpoint(1), keep_previous=keep_previous)
         error: BaseException = Killed() if kind == "killed" else OSError(errno.ENOSPC, "No space left on device")
         with pytest.MonkeyPatch.context() as monkeypatch:
             calls = _failing_at(monkeypatch, number, error)
-            try:
-                save_checkpoint(folder, checkpoint(2))
-            except (Killed, OutDirError):
-                pass
+            with contextlib.suppress(Killed, OutDirError):
+                save_checkpoint(folder, checkpoint(2), keep_previous=keep_previous)
             finished = calls() < number
         # whichever of the two is there is whole, and the next save goes through
         assert load_checkpoint(folder, with_trainer=True).info["iteration"] in (1, 2), f"call {number}"
@@ -133,11 +134,7 @@ def test_full_disk_is_one_sentence_and_loses_nothing(tmp_path: Path) -> None:
     assert load_checkpoint(tmp_path / "last", with_trainer=True).info == {"iteration": 1}
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "trainer.pt", "config.json"])
-@pytest.mark.parametrize("damage", ["truncated", "flipped", "missing"])
-def test_damage_is_named(tmp_path: Path, name: str, damage: str) -> None:
-    save_checkpoint(tmp_path / "c", checkpoint())
-    path = tmp_path / "c" / name
+def _damage(path: Path, damage: str) -> None:
     data = bytearray(path.read_bytes())
     if damage == "missing":
         path.unlink()
@@ -146,6 +143,13 @@ def test_damage_is_named(tmp_path: Path, name: str, damage: str) -> None:
     else:
         data[len(data) // 2] ^= 1
         path.write_bytes(data)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "trainer.pt", "config.json"])
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "missing"])
+def test_damage_is_named(tmp_path: Path, name: str, damage: str) -> None:
+    save_checkpoint(tmp_path / "c", checkpoint())
+    _damage(tmp_path / "c" / name, damage)
     with pytest.raises(CheckpointError, match=r"config.json|" + name):
         load_checkpoint(tmp_path / "c", with_trainer=True)
 
@@ -191,10 +195,16 @@ def test_other_versions_and_hostile_configs(tmp_path: Path) -> None:
         with pytest.raises(CheckpointError, match=sentence):
             load_checkpoint(folder)
 
-    refused(lambda c: c.update(version=2), "is of checkpoint version 2, and this fastchargpt reads version 1")
+    refused(
+        lambda c: c.update(version=2, writer="fastchargpt 9.1"),
+        r"is of checkpoint version 2, written by fastchargpt 9\.1, and fastchargpt .* reads version 1: use the fast",
+    )
+    refused(lambda c: (c.update(version=0), c.pop("writer")), "a fastchargpt that did not say which")  # type: ignore[arg-type]
     refused(lambda c: c["files"].update({"../../secret": "0"}), "lists a file '../../secret' that no checkpoint has")
     refused(lambda c: c["model"].update(n_layer=-1), "n_layer must be at least 1")
-    refused(lambda c: c["model"].update(colour="red"), "GPTConfig has no field 'colour'")
+    refused(lambda c: c["model"].update(colour="red"), "written by fastchargpt .*GPTConfig has no field 'colour'")
+    refused(lambda c: c["model"].update(n_layer=10**9), "claims 1000000000 blocks, and there are 17 weights")
+    refused(lambda c: c["model"].update(position="rope", block_size=2**40), "a rotary table would need more than")
     refused(lambda c: c["files"].pop("model.safetensors"), "lists no model.safetensors")
     refused(lambda c: c.update(files=[]), "does not match its own checksum")
 
@@ -237,3 +247,87 @@ def test_weights_alone_cannot_be_resumed(tmp_path: Path) -> None:
     save_checkpoint(tmp_path / "c", dataclasses.replace(checkpoint(), trainer_state=None))
     with pytest.raises(CheckpointError, match="can be sampled from, not resumed"):
         load_checkpoint(tmp_path / "c", with_trainer=True)
+
+
+# --- falling back to the save before --------------------------------------------------------------------------------
+
+
+def two_saves(folder: Path) -> None:
+    for iteration in (1, 2):
+        save_checkpoint(folder, checkpoint(iteration), keep_previous=True)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "trainer.pt", "config.json"])
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "missing"])
+def test_the_save_before_stands_in_for_a_damaged_one(tmp_path: Path, name: str, damage: str) -> None:
+    folder = tmp_path / "last"
+    two_saves(folder)
+    assert load_last_good(folder, with_trainer=True)[1] is None
+    _damage(folder / name, damage)
+    for _ in range(2):  # asking changes nothing
+        found, why = load_last_good(folder, with_trainer=True)
+        assert found.info == {"iteration": 1}
+        assert why is not None
+        assert name in why or "config.json" in why
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["last", "last.old"]
+    assert load_last_good(folder, with_trainer=True, repair=True)[0].info == {"iteration": 1}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["last", "last.damaged"]
+    assert load_checkpoint(folder, with_trainer=True).info == {"iteration": 1}
+    save_checkpoint(folder, checkpoint(3), keep_previous=True)
+    assert load_checkpoint(folder, with_trainer=True).info == {"iteration": 3}
+    assert load_checkpoint(tmp_path / "last.old", with_trainer=True).info == {"iteration": 1}
+
+
+def test_a_whole_save_that_was_not_moved_in_yet_is_newer_than_the_one_before(tmp_path: Path) -> None:
+    folder = tmp_path / "last"
+    two_saves(folder)
+    save_checkpoint(tmp_path / "elsewhere", checkpoint(3))
+    os.replace(tmp_path / "elsewhere", tmp_path / "last.new")  # killed after the sync, before the moves
+    _damage(folder / "trainer.pt", "flipped")
+    assert load_last_good(folder, with_trainer=True, repair=True)[0].info == {"iteration": 3}
+    assert load_checkpoint(folder, with_trainer=True).info == {"iteration": 3}
+
+
+def test_no_fall_back_without_a_save_before_or_from_another_version(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path / "last", checkpoint(1))
+    _damage(tmp_path / "last" / "trainer.pt", "flipped")
+    with pytest.raises(CheckpointError, match=r"trainer.pt does not match its checksum"):
+        load_last_good(tmp_path / "last", with_trainer=True)
+    two_saves(tmp_path / "last")
+    for name in ("last", "last.old"):
+        _damage(tmp_path / name / "trainer.pt", "flipped")
+    with pytest.raises(CheckpointError, match=r"last.trainer.pt does not match its checksum"):
+        load_last_good(tmp_path / "last", with_trainer=True)
+    two_saves(tmp_path / "last")
+    _rewrite(tmp_path / "last", lambda c: c.update(version=2))
+    with pytest.raises(CheckpointError, match="is of checkpoint version 2"):
+        load_last_good(tmp_path / "last")
+
+
+def test_a_repair_may_be_cut_off_anywhere(tmp_path: Path) -> None:
+    number, finished = 0, False
+    while not finished:
+        number += 1
+        folder = tmp_path / str(number) / "last"
+        two_saves(folder)
+        _damage(folder / "trainer.pt", "flipped")
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            calls = _failing_at(monkeypatch, number, Killed())
+            with contextlib.suppress(Killed):
+                load_last_good(folder, with_trainer=True, repair=True)
+            finished = calls() < number
+        assert load_last_good(folder, with_trainer=True, repair=True)[0].info == {"iteration": 1}
+        assert load_checkpoint(folder, with_trainer=True).info == {"iteration": 1}
+    assert number > 3
+
+
+def test_the_save_before_needs_no_more_room_than_a_save_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "last"
+    two_saves(folder)
+    seen: list[list[str]] = []
+    save = torch.save
+    monkeypatch.setattr(
+        torch, "save", lambda *_: seen.append(sorted(path.name for path in tmp_path.iterdir())) or save(*_)
+    )
+    save_checkpoint(folder, checkpoint(3), keep_previous=True)
+    assert seen == [["last", "last.new"]]

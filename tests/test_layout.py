@@ -19,7 +19,7 @@ SOURCE = ROOT / "src" / "fastchargpt"
 # Left to right: a module may import from its own stage and those before it. ARCHITECTURE.md draws this.
 STAGES = [
     ["errors"],
-    ["config", "hardware", "metrics", "plotting", "outdir", "signals", "machine", "timing", "roofline"],
+    ["config", "hardware", "metrics", "plotting", "outdir", "signals", "determinism", "machine", "timing", "roofline"],
     ["tokens", "presets", "cache"],
     ["bpe", "tokenizers"],
     ["downloads", "text_files"],
@@ -33,7 +33,7 @@ STAGES = [
     ["optim", "precision"],
     ["step", "evaluation"],
     ["checkpoint"],
-    ["trainer", "loading"],
+    ["faults", "trainer", "loading"],
     ["knobs", "stopping"],
     ["sampling"],
     ["decode"],
@@ -41,6 +41,7 @@ STAGES = [
     ["engines"],
     ["generation"],
     ["integrations", "convert"],
+    ["bench"],
     ["finding", "diagnosis", "doctor", "cli"],
 ]
 # A method that nanoGPT's GPT has and ours therefore has too, imported when it is called.

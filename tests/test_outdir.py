@@ -18,9 +18,8 @@ def test_new_resume_and_overwrite(tmp_path: Path) -> None:
     with claim_out_dir(out, "new"):
         (out / "metrics.jsonl").write_text("x")
         (out / "best").mkdir()
-    with pytest.raises(OutDirError, match="is not empty: go on with --resume, replace it with --overwrite"):
-        with claim_out_dir(out, "new"):
-            pass
+    with pytest.raises(OutDirError, match="is not empty: go on with --resume"), claim_out_dir(out, "new"):
+        pass
     with claim_out_dir(out, "resume"):
         assert (out / "metrics.jsonl").exists()
     with claim_out_dir(out, "overwrite"):

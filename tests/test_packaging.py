@@ -81,7 +81,13 @@ def test_kernels_refuse_to_be_a_top_level_package() -> None:
 
 def test_import_costs_little_more_than_torch() -> None:
     # counted in modules, not in seconds: what the import adds to torch's own thousands
-    program = "import sys, torch; before = len(sys.modules); import fastchargpt; fastchargpt.GPT; print(len(sys.modules) - before, before)"
+    program = """
+import sys, torch
+before = len(sys.modules)
+import fastchargpt
+fastchargpt.GPT
+print(len(sys.modules) - before, before)
+"""
     added, before = map(
         int, subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True).stdout.split()
     )

@@ -247,7 +247,8 @@ import dataclasses, sys
 from pathlib import Path
 import tests_trainer_parts as parts
 out = Path(sys.argv[1])
-trainer = parts.Trainer(parts.MODEL, dataclasses.replace(parts.CONFIG, max_iters=150, eval_interval=3), parts.corpus(), out_dir=out, log=lambda _: None)
+config = dataclasses.replace(parts.CONFIG, max_iters=150, eval_interval=3)
+trainer = parts.Trainer(parts.MODEL, config, parts.corpus(), out_dir=out, log=lambda _: None)
 if any((out / name).exists() for name in ("last", "last.new", "last.old")):
     trainer.resume()
 trainer.run()
@@ -286,11 +287,29 @@ def test_metrics_survive_a_cut_line_and_a_resume(tmp_path: Path) -> None:
     metrics = JsonlMetrics(path)
     for step in range(4):
         metrics.log({"loss": 4.0 - step}, step=step)
+    metrics.log({"val_loss": 2.5}, step=2)
     with path.open("a") as file:
         file.write('{"step": 4, "lo')
-    assert [row["loss"] for row in read_metrics(path)] == [4.0, 3.0, 2.0, 1.0]
-    JsonlMetrics(path, resume_step=2).log({"loss": 0.5}, step=3)
-    assert [row["loss"] for row in read_metrics(path)] == [4.0, 3.0, 2.0, 0.5]
+    assert [row["loss"] for row in read_metrics(path) if "loss" in row] == [4.0, 3.0, 2.0, 1.0]
+    # two steps are taken, 0 and 1, and evaluated: that stays, and step 2 is written again
+    JsonlMetrics(path, resume_step=2).log({"loss": 0.5}, step=2)
+    assert read_metrics(path) == [
+        {"step": 0, "loss": 4.0},
+        {"step": 1, "loss": 3.0},
+        {"step": 2, "val_loss": 2.5},
+        {"step": 2, "loss": 0.5},
+    ]
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["[" * 60_000, "\xff", '{"step": true}', '{"step": 1e999}', '{"step": 1, "loss": "x"}', '{"step": 1, "loss": NaN}']
+    + ['{"step": 1, "loss": 1' + "0" * 400 + "}", '{"step": 1' + " " * 70_000 + "}", "7", "null"],
+    ids=range(10),
+)
+def test_a_foreign_line_among_the_metrics_is_left_out(tmp_path: Path, line: str) -> None:
+    (tmp_path / "metrics.jsonl").write_text(f'{{"step": 1, "loss": 2.5}}\n{line}\n', encoding="latin-1")
+    assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 1, "loss": 2.5}]
 
 
 def test_picture(tmp_path: Path) -> None:

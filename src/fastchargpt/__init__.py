@@ -57,8 +57,8 @@ _HOME = {
 }
 
 __all__ = [
-    "PRESETS",
     "GPT",
+    "PRESETS",
     "BPETokenizer",
     "BigramLanguageModel",
     "ByteTokenizer",

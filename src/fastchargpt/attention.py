@@ -12,6 +12,7 @@ from .errors import AttentionError, BackendUnavailableError, nearest
 from .kernels import naive, sdpa
 from .kernels.availability import triton_problem
 from .kernels.philox import draw_seed
+from .kernels.tuning import widest_head
 
 __all__ = [
     "BACKENDS",
@@ -183,7 +184,7 @@ def choose_backend(
         if q.numel() == 0 or k.numel() == 0:
             return "naive", "nothing is to be computed for an empty batch or sequence"
         if q.is_cuda:
-            problem = _triton_refusal(q)
+            problem = _triton_refusal(q, dropout_p)
             if problem is None:
                 return "triton", "the tensors are on a GPU that the Triton kernels serve"
             if return_lse:
@@ -201,14 +202,14 @@ def choose_backend(
             )
         return ("naive" if q.numel() == 0 or k.numel() == 0 else "sdpa"), "it was asked for by name"
     if backend == "triton":
-        problem = _triton_refusal(q)
+        problem = _triton_refusal(q, dropout_p)
         if problem is not None:
             raise BackendUnavailableError(f"backend 'triton' cannot serve: {problem}; use backend 'auto' or 'sdpa'")
         return ("naive" if q.numel() == 0 or k.numel() == 0 else "triton"), "it was asked for by name"
     raise AttentionError(f"backend must be one of {', '.join(BACKENDS)}; got {backend!r}{nearest(backend, BACKENDS)}")
 
 
-def _triton_refusal(q: torch.Tensor) -> str | None:
+def _triton_refusal(q: torch.Tensor, dropout_p: float) -> str | None:
     """Why the Triton kernels cannot serve a query like q, or None when they can."""
     dtype, head_dim = q.dtype, q.shape[-1]
     if torch.is_autocast_enabled(q.device.type):
@@ -217,7 +218,11 @@ def _triton_refusal(q: torch.Tensor) -> str | None:
         return "the Triton kernels have no float64"
     if not _TRITON_HEAD_DIM[0] <= head_dim <= _TRITON_HEAD_DIM[1]:
         return f"the Triton kernels take a head_dim from 8 to 256, and it is {head_dim}"
-    return triton_problem(q.device.type, q.device.index or 0, dtype == torch.bfloat16)
+    device = (q.device.type, q.device.index or 0)
+    problem = triton_problem(*device)
+    if problem is None and head_dim > widest_head(*device, dtype, dropout_p > 0.0):
+        return f"the launch table of this GPU has no {dtype} kernels without spills for a head_dim of {head_dim}"
+    return problem
 
 
 def _unpack(qkv: torch.Tensor, n_head: int, n_kv_head: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

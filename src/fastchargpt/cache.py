@@ -11,8 +11,8 @@ __all__ = ["KVCache"]
 class KVCache:
     """Keys and values of every layer for `batch_size` sequences of up to `capacity` tokens.
 
-    `GPT.forward(idx, cache=cache)` appends the tokens of `idx` and sees all that came before. `length` counts the tokens
-    held; set it back to forget the newest.
+    `GPT.forward(idx, cache=cache)` appends the tokens of `idx` and sees all that came before. `length` counts the
+    tokens held; set it back to forget the newest.
 
     Args:
         config: the model's config.

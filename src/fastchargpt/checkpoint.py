@@ -1,10 +1,16 @@
 """Checkpoints that survive a kill at any moment, notice damage, and never run code.
 
-A checkpoint is a folder: model.safetensors (weights), tokenizer.json, trainer.pt (optimiser and random state; only where
-training can go on) and config.json, which is written last and holds the SHA-256 of the others and of itself.
+A checkpoint is a folder: model.safetensors (weights), tokenizer.json, trainer.pt (optimiser and random state; only
+where training can go on) and config.json, which is written last and holds the SHA-256 of the others and of itself.
 
 A save writes a sibling folder `NAME.new`, syncs it, moves the old `NAME` to `NAME.old`, moves the new one in place and
 removes the old. Whatever moment a save is cut off at, one of the three is whole, and `load_checkpoint` finds it.
+
+With keep_previous `NAME.old` stays until the next save begins, so that damage to `NAME` costs one interval and not the
+run: `load_last_good` falls back to it. A save then needs no more room than it does without.
+
+Every version of this format keeps format, version, writer and sha256 in config.json, so that a file of another version
+is told from a damaged one.
 """
 
 import hashlib
@@ -19,10 +25,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastchargpt import __version__
 from fastchargpt.config import GPTConfig, TrainConfig, config_from_dict
 from fastchargpt.errors import CheckpointError, ConfigError, OutDirError
 
-__all__ = ["Checkpoint", "load_checkpoint", "save_checkpoint"]
+__all__ = ["Checkpoint", "load_checkpoint", "load_last_good", "save_checkpoint"]
 
 FORMAT = "fastchargpt.checkpoint"
 VERSION = 1
@@ -30,6 +37,13 @@ CONFIG, WEIGHTS, TOKENIZER, TRAINER = "config.json", "model.safetensors", "token
 CONFIG_LIMIT_BYTES = 1 << 20
 # with tied weights the embedding is the head's; one copy lies on disk
 TIED_COPY, TIED_KEPT = "transformer.wte.weight", "lm_head.weight"
+# What a config may claim beyond what the weights on disk prove: a rotary table of this many entries (262,144 positions
+# of 128 channels), and no more blocks than there are weights for. A hostile config would have memory and time instead.
+ROPE_ENTRIES, WEIGHTS_PER_BLOCK = 1 << 25, 4
+
+
+class _OtherVersion(CheckpointError):
+    """A whole checkpoint that this version cannot read: no damage, so nothing falls back from it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,8 +63,13 @@ class Checkpoint:
     info: dict[str, Any] = field(default_factory=dict)
 
 
-def save_checkpoint(folder: str | os.PathLike[str], checkpoint: Checkpoint) -> None:
+def save_checkpoint(folder: str | os.PathLike[str], checkpoint: Checkpoint, *, keep_previous: bool = False) -> None:
     """Write a checkpoint in place of the one in `folder`, if any, without a moment at which neither can be loaded.
+
+    Args:
+        folder: the checkpoint's folder, made if it is not there.
+        checkpoint: what to write.
+        keep_previous: whether the one before stays, as `NAME.old`, for `load_last_good`.
 
     Raises:
         OutDirError: the folder cannot be written (no space, no permission); what was there before is still there.
@@ -76,6 +95,7 @@ def save_checkpoint(folder: str | os.PathLike[str], checkpoint: Checkpoint) -> N
         content = {
             "format": FORMAT,
             "version": VERSION,
+            "writer": f"fastchargpt {__version__}",
             "model": asdict(checkpoint.model_config),
             "train": None if checkpoint.train_config is None else asdict(checkpoint.train_config),
             "info": checkpoint.info,
@@ -90,7 +110,8 @@ def save_checkpoint(folder: str | os.PathLike[str], checkpoint: Checkpoint) -> N
             os.replace(folder, old)
         os.replace(new, folder)
         _sync(folder.parent)
-        shutil.rmtree(old, ignore_errors=True)
+        if not keep_previous:
+            shutil.rmtree(old, ignore_errors=True)
     except (OSError, RuntimeError, SafetensorError) as error:
         # torch reports a failed write as a RuntimeError, safetensors as an error of its own
         shutil.rmtree(new, ignore_errors=True)
@@ -128,7 +149,10 @@ def load_checkpoint(
         model_config = config_from_dict(GPTConfig, content["model"])
         train_config = None if content["train"] is None else config_from_dict(TrainConfig, content["train"])
     except (ConfigError, TypeError) as error:
-        raise CheckpointError(f"{folder / CONFIG} describes a model that this version does not know: {error}") from None
+        raise _OtherVersion(
+            f"{folder / CONFIG}, written by {_writer(content)}, describes a model that fastchargpt {__version__} does "
+            f"not know: {error}"
+        ) from None
     if WEIGHTS not in content["files"]:
         raise CheckpointError(f"{folder / CONFIG} lists no {WEIGHTS}: the checkpoint is damaged")
     try:
@@ -137,6 +161,7 @@ def load_checkpoint(
         raise CheckpointError(f"{folder / WEIGHTS} holds no weights that can be read ({_reason(error)})") from None
     if model_config.tie_weights and TIED_KEPT in weights:
         weights[TIED_COPY] = weights[TIED_KEPT]
+    _check_claims(folder / CONFIG, model_config, len(weights))
     trainer_state = None
     if with_trainer:
         if TRAINER not in content["files"]:
@@ -145,8 +170,8 @@ def load_checkpoint(
             trainer_state = torch.load(folder / TRAINER, map_location="cpu", weights_only=True)
         except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError):
             raise CheckpointError(
-                f"{folder / TRAINER} holds more than tensors and plain values, so it was not written by fastchargpt and "
-                "is not read"
+                f"{folder / TRAINER} holds more than tensors and plain values, so fastchargpt did not write it "
+                "and does not read it"
             ) from None
     return Checkpoint(
         model_config=model_config,
@@ -156,6 +181,70 @@ def load_checkpoint(
         trainer_state=trainer_state,
         info=content["info"],
     )
+
+
+def load_last_good(
+    folder: str | os.PathLike[str],
+    *,
+    device: torch.device | str = "cpu",
+    with_trainer: bool = False,
+    repair: bool = False,
+) -> tuple[Checkpoint, str | None]:
+    """The checkpoint in a folder or, where it is damaged, the one saved before it.
+
+    Args:
+        folder: the checkpoint's folder.
+        device: where the weights go.
+        with_trainer: whether the trainer's state is read too.
+        repair: whether the earlier one is put in its place; the damaged one is then kept as `NAME.damaged`.
+
+    Returns:
+        The checkpoint, and what is wrong with the newest one where it is not that.
+
+    Raises:
+        CheckpointError: as `load_checkpoint`, and where there is no earlier one that can be read.
+    """
+    folder = Path(folder)
+    try:
+        return load_checkpoint(folder, device=device, with_trainer=with_trainer), None
+    except _OtherVersion:
+        raise
+    except CheckpointError as error:
+        for earlier in _siblings(folder):
+            try:
+                found = load_checkpoint(earlier, device=device, with_trainer=with_trainer)
+            except CheckpointError:
+                continue
+            if repair:
+                _put_in_place(earlier, folder)
+            return found, str(error)
+        raise
+
+
+def _put_in_place(earlier: Path, folder: Path) -> None:
+    """Make an earlier checkpoint the newest, keeping the damaged one aside; cut off anywhere, it can be done again."""
+    new, _ = _siblings(folder)
+    damaged = folder.with_name(folder.name + ".damaged")
+    try:
+        if earlier != new:
+            shutil.rmtree(new, ignore_errors=True)
+        if folder.exists():
+            shutil.rmtree(damaged, ignore_errors=True)
+            os.replace(folder, damaged)
+        os.replace(earlier, folder)
+        _sync(folder.parent)
+    except OSError as error:
+        raise OutDirError(f"{earlier} could not be moved to {folder} ({_reason(error)})") from error
+
+
+def _check_claims(path: Path, config: GPTConfig, weights: int) -> None:
+    if config.n_layer * WEIGHTS_PER_BLOCK > weights:
+        raise CheckpointError(f"{path} claims {config.n_layer} blocks, and there are {weights} weights: it is foreign")
+    if config.position == "rope" and config.block_size * config.head_dim > ROPE_ENTRIES:
+        raise CheckpointError(
+            f"{path} claims a context of {config.block_size} tokens, for which a rotary table would need more than "
+            f"{ROPE_ENTRIES} entries: it is foreign"
+        )
 
 
 def _siblings(folder: Path) -> tuple[Path, Path]:
@@ -186,9 +275,12 @@ def _settle(folder: Path) -> None:
 def _find(folder: Path) -> Path:
     """The checkpoint meant by a folder: itself, a run's `best` or `last`, or what a killed save left beside it."""
     for candidate in (folder, folder / "best", folder / "last"):
-        for path in (candidate, *_siblings(candidate)):
-            if (path / CONFIG).is_file() and (path == candidate or _whole(path)):
-                return path
+        if (candidate / CONFIG).is_file():
+            return candidate
+        if not candidate.exists():  # a save was cut off between its two moves
+            for path in _siblings(candidate):
+                if _whole(path):
+                    return path
     if not folder.exists():
         raise CheckpointError(f"there is no checkpoint at {folder}: the folder does not exist")
     if folder.is_file():
@@ -207,22 +299,29 @@ def _read_config(path: Path) -> dict[str, Any]:
         if path.stat().st_size > CONFIG_LIMIT_BYTES:
             raise CheckpointError(f"{path} is larger than {CONFIG_LIMIT_BYTES} bytes: it is foreign or damaged")
         content = json.loads(path.read_text(encoding="utf-8"))
+        intact = isinstance(content, dict) and content.pop("sha256", None) == _digest(content)
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read ({_reason(error)}): the checkpoint is damaged") from None
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise CheckpointError(f"{path} was not written by fastchargpt: `fastchargpt convert` reads other formats")
+    damaged = f"{path} does not match its own checksum: the checkpoint is damaged, or was edited by hand"
+    if not intact:
+        raise CheckpointError(damaged)
     if content.get("version") != VERSION:
-        raise CheckpointError(
-            f"{path} is of checkpoint version {content.get('version')!r}, and this fastchargpt reads version {VERSION}: "
-            "use the fastchargpt that wrote it"
+        raise _OtherVersion(
+            f"{path} is of checkpoint version {content.get('version')!r:.40}, written by {_writer(content)}, and "
+            f"fastchargpt {__version__} reads version {VERSION}: use the fastchargpt that wrote it"
         )
-    sha256 = content.pop("sha256", None)
-    parts = {"files": dict, "info": dict, "model": dict, "train": (dict, type(None))}
-    if sha256 != _digest(content) or any(not isinstance(content.get(name), kind) for name, kind in parts.items()):
-        raise CheckpointError(
-            f"{path} does not match its own checksum: the checkpoint is damaged, or was edited by hand"
-        )
+    parts: dict[str, Any] = {"files": dict, "info": dict, "model": dict, "train": (dict, type(None))}
+    if any(not isinstance(content.get(name), kind) for name, kind in parts.items()):
+        raise CheckpointError(damaged)
     return content
+
+
+def _writer(content: dict[str, Any]) -> str:
+    """The program that wrote a checkpoint, in its own words; the first ones did not say."""
+    writer = content.get("writer")
+    return writer[:60] if isinstance(writer, str) and writer.isprintable() else "a fastchargpt that did not say which"
 
 
 def _verify(path: Path, sha256: object) -> None:

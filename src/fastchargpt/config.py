@@ -1,13 +1,13 @@
 """What a model is made of (`GPTConfig`) and how it is trained (`TrainConfig`): frozen, checked, nanoGPT's names.
 
-Both are plain dataclasses: the command line is generated from them, and checkpoints store them as JSON. The comment above
-a field is its help text.
+Both are plain dataclasses: the command line is generated from them, and checkpoints store them as JSON. The comment
+above a field is its help text.
 """
 
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Any, Literal, Self, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from fastchargpt.errors import ConfigError, nearest
 
@@ -26,7 +26,7 @@ def _check(condition: bool, sentence: str) -> None:
 
 
 def _check_types(config: Any) -> None:
-    """Refuse a value whose type is not the field's, which a typo in a JSON file or a call would otherwise carry along."""
+    """Refuse a value whose type is not the field's, which a typo in a JSON file would otherwise carry along."""
     hints = get_type_hints(type(config))
     for field in dataclasses.fields(config):
         value, hint = getattr(config, field.name), hints[field.name]
@@ -133,8 +133,8 @@ class GPTConfig:
             not (self.tie_weights and self.head_bias), "head_bias=True needs tie_weights=False: a tied head has no bias"
         )
 
-    @classmethod
-    def family(cls, name: Family, **fields: Any) -> Self:
+    @staticmethod
+    def family(name: Family, **fields: Any) -> "GPTConfig":
         """The config of a family, with any field replaced.
 
         Raises:
@@ -144,7 +144,7 @@ class GPTConfig:
             raise ConfigError(
                 f"the model family must be one of {', '.join(FAMILIES)}, not {name!r}{nearest(name, FAMILIES)}"
             )
-        return config_from_dict(cls, {**FAMILIES[name], **fields})
+        return config_from_dict(GPTConfig, {**FAMILIES[name], **fields})
 
     @property
     def head_dim(self) -> int:
@@ -233,6 +233,8 @@ class TrainConfig:
     attention: Literal["auto", "triton", "sdpa", "naive"] = "auto"
     # seed of initialisation, batches and dropout
     seed: int = 1337
+    # on a GPU, the same bits in every run with this seed, or a refusal; slower, and not compiled (a CPU's are anyway)
+    deterministic: bool = False
 
     def __post_init__(self) -> None:
         """Check every rule."""

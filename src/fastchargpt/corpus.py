@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from fastchargpt.downloads import cache_dir, fetch_named
+from fastchargpt.downloads import cache_dir, fetch_named, sweep_cache
 from fastchargpt.errors import CorpusError, nearest
 from fastchargpt.nanogpt_data import load_nanogpt_folder
 from fastchargpt.text_files import LargeText, decode_utf8, encode_large, read_text
@@ -152,6 +152,7 @@ class _Plan:
 
     def stream(self, path: Path) -> Corpus:
         """A text too large for memory: its tokens are memory maps in the cache."""
+        sweep_cache()
         text = LargeText(path)
         given = self.tokenizer if isinstance(self.tokenizer, str) else self.tokenizer.to_json()
         train, val, tokenizer = encode_large(

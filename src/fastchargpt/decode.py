@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 from fastchargpt.cache import KVCache
 from fastchargpt.errors import SamplingError
-from fastchargpt.layers import ACTIVATIONS, NORM_EPS, rope_tables, rotate
+from fastchargpt.layers import ACTIVATIONS, NORM_EPS, Block, LayerNorm, rope_tables, rotate
 from fastchargpt.model import GPT
 
 __all__ = ["DecodeSession", "Engine", "TorchEngine", "resolve_context"]
@@ -96,21 +96,23 @@ class TorchEngine:
         seen = min(max(positions) + 1, size)
         at: Tensor | slice
         slot: Tensor | int
+        rows: Tensor | slice
         mask = None
         if len(set(positions)) == 1:
             at, slot, rows = slice(positions[0], positions[0] + 1), positions[0] % size, slice(None)
         else:
-            at = torch.tensor(positions, device=self.device)
-            slot, rows = at % size, self._rows
-            mask = (self._slots[:seen] <= at[:, None])[:, None, None]
+            at = at_B = torch.tensor(positions, device=self.device)
+            slot, rows = at_B % size, self._rows
+            mask = (self._slots[:seen] <= at_B[:, None])[:, None, None]
         x_BC = parts.wte.weight[torch.tensor(tokens, device=self.device)]
         rope = None
         if self.rope is not None:
             rope = self.rope[:, at]
-        else:
+        elif parts.wpe is not None:
             x_BC = x_BC + parts.wpe.weight[at]
         heads, kv_heads = config.n_head, config.kv_heads
         for layer, block in enumerate(parts.h):
+            assert isinstance(block, Block)
             qkv_BHD = F.linear(self._norm(x_BC, block.ln_1), block.attn.c_attn.weight, block.attn.c_attn.bias)
             qkv_BHD = qkv_BHD.view(len(tokens), heads + 2 * kv_heads, config.head_dim)
             if config.qk_norm or rope is not None:
@@ -123,7 +125,7 @@ class TorchEngine:
                 q_BHD, k_BHD = qk_BHD[:, :heads], qk_BHD[:, heads:]
             else:
                 q_BHD, k_BHD = qkv_BHD[:, :heads], qkv_BHD[:, heads : heads + kv_heads]
-            k_BHSD, v_BHSD = self.cache.kv_L2BHSD[layer]
+            k_BHSD, v_BHSD = self.cache.kv_L2BHSD[layer, 0], self.cache.kv_L2BHSD[layer, 1]
             k_BHSD[rows, :, slot] = k_BHD
             v_BHSD[rows, :, slot] = qkv_BHD[:, heads + kv_heads :]
             y_BHTD = F.scaled_dot_product_attention(
@@ -141,9 +143,9 @@ class TorchEngine:
 
     def _norm(self, x_BC: Tensor, norm: torch.nn.Module) -> Tensor:
         shape = (self.config.n_embd,)
-        if self.config.norm == "rmsnorm":
-            return F.rms_norm(x_BC, shape, eps=NORM_EPS)
-        return F.layer_norm(x_BC, shape, norm.weight, norm.bias, NORM_EPS)
+        if isinstance(norm, LayerNorm):
+            return F.layer_norm(x_BC, shape, norm.weight, norm.bias, NORM_EPS)
+        return F.rms_norm(x_BC, shape, eps=NORM_EPS)
 
 
 class DecodeSession:
@@ -173,7 +175,8 @@ class DecodeSession:
 
     def advance(self, rows: Sequence[int], tokens: Sequence[int]) -> Tensor:
         """Append a token to each of these rows (the others are not needed any more): logits (len(rows), V)."""
-        stepping, refilling = [], []
+        stepping: list[tuple[int, int, int]] = []
+        refilling: list[tuple[int, int, int]] = []
         for place, (row, token) in enumerate(zip(rows, tokens, strict=True)):
             window = self.windows[row]
             full = len(window) >= self.block_size and self.context != "slide"

@@ -110,7 +110,7 @@ def _compiler() -> Iterator[Finding]:
 
 
 def _triton(device: torch.device, precision: Precision) -> Iterator[Finding]:
-    problem = triton_problem(device.type, device.index or 0, precision.name == "bf16")
+    problem = triton_problem(device.type, device.index or 0)
     if problem is None:
         yield Finding(section="triton", status="ok", text=f"the kernels run on {device}", facts={"problem": None})
         return
@@ -127,7 +127,7 @@ def _triton(device: torch.device, precision: Precision) -> Iterator[Finding]:
 def _attention(device: torch.device, dtype: torch.dtype) -> Iterator[Finding]:
     """Each backend's errors and times at three shapes; the one that `auto` takes is what the default path needs."""
     shapes = SHAPES if device.type == "cuda" else CPU_SHAPES
-    interpreted = device.type == "cpu" and triton_problem("cpu", 0, False) is None
+    interpreted = device.type == "cpu" and triton_problem("cpu", 0) is None
     rows: dict[str, list[dict[str, Any]]] = {name: [] for name in ("naive", "sdpa", "triton")}
     refusals: dict[str, Exception] = {}
     chosen = ""

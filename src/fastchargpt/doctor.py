@@ -3,7 +3,6 @@
 Nothing here imports torch until it is known to be installed: the doctor must answer where nothing else does.
 """
 
-import argparse
 import getpass
 import importlib.metadata
 import json
@@ -14,10 +13,11 @@ import sys
 import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from fastchargpt import __version__
-from fastchargpt.errors import ConfigError, FastchargptError
+from fastchargpt.cli.arguments import PlainParser
+from fastchargpt.errors import FastchargptError
 from fastchargpt.finding import Finding
 
 __all__ = ["redact", "run"]
@@ -43,7 +43,7 @@ def run(argv: Sequence[str]) -> int:
         ConfigError: the words are not understood.
         BackendUnavailableError: the device asked for is not there.
     """
-    options = _Parser(prog="fastchargpt doctor", description="Say what this machine can do, and what is missing.")
+    options = PlainParser(prog="fastchargpt doctor", description="Say what this machine can do, and what is missing.")
     options.add_argument("--json", action="store_true", help="the same as JSON")
     options.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: %(default)s)")
     words = options.parse_args(argv)
@@ -181,10 +181,3 @@ def _user() -> str:
         return getpass.getuser()
     except (OSError, KeyError, ImportError):
         return os.environ.get("USERNAME", "")
-
-
-class _Parser(argparse.ArgumentParser):
-    """argparse whose complaints are this package's errors (tyro may be what is missing)."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message} (`{self.prog} --help` lists the options)")

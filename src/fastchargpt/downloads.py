@@ -1,21 +1,26 @@
 """Named corpora as verified bytes: from a folder of the user's, the cache, or the one named URL of each."""
 
+import contextlib
 import hashlib
 import io
 import os
 import socket
+import shutil
 import sys
 import threading
+import time
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
 from fastchargpt.errors import CorpusError
 
-__all__ = ["SOURCES", "Source", "cache_dir", "fetch_named", "is_offline", "reachable"]
+__all__ = ["SOURCES", "Source", "cache_dir", "fetch_named", "is_offline", "reachable", "sweep_cache"]
 
 CONNECT_SECONDS = 3.0
 READ_SECONDS = 15.0
+# A temporary name in the cache that nothing has been written under for this long belongs to a process that was killed.
+STALE_SECONDS = 24 * 3600
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +63,19 @@ def cache_dir() -> Path:
     return Path(pooch.os_cache("fastchargpt"))
 
 
+def sweep_cache() -> None:
+    """Remove what killed downloads (`tmp*`) and encodings (`building-*`) left in the cache a day or more ago."""
+    oldest = time.time() - STALE_SECONDS
+    for path in [*cache_dir().glob("tmp*"), *cache_dir().glob("building-*")]:
+        with contextlib.suppress(OSError):  # another process may be sweeping too
+            if max(part.lstat().st_mtime for part in (path, *path.glob("*"))) >= oldest:
+                continue
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+
+
 def is_offline(offline: bool | None) -> bool:
     """`offline` if it is given, else whether FASTCHARGPT_OFFLINE is set to anything but 0 or false."""
     if offline is not None:
@@ -87,6 +105,7 @@ def fetch_named(name: str, data_dir: str | Path | None = None, offline: bool | N
                     f"the corpus {name!r} is not on this machine and downloads are off (FASTCHARGPT_OFFLINE): put "
                     f"{source.filename} from {source.url} into the folder that FASTCHARGPT_DATA_DIR names"
                 )
+            sweep_cache()
             _download(name, source, cached)
             raw = _read_verified(cached, source.sha256)
         if raw is None:

@@ -248,7 +248,8 @@ class _Run:
         model = getattr(model, "_orig_mod", model)
         if vocab_size > model.config.vocab_size:
             raise SamplingError(
-                f"the tokenizer has {vocab_size} tokens and the model {model.config.vocab_size}: they are not of one run"
+                f"the tokenizer has {vocab_size} tokens and the model {model.config.vocab_size}: "
+                "they are not of one run"
             )
         if not prompts:
             raise SamplingError("there is no prompt: give at least one text, which may be empty")
@@ -273,8 +274,7 @@ class _Run:
         if self.config.max_new_tokens == 0:
             return
         for rows, tokens in self._steps():
-            for row, token in zip(rows, tokens, strict=True):
-                yield row, token
+            yield from zip(rows, tokens, strict=True)
 
     def _steps(self) -> Iterator[tuple[list[int], list[int]]]:
         """Rows that are still open and the token of each."""

@@ -82,7 +82,7 @@ def measure_matmul_flops(threads: int, size: int = 1024, seconds: float = 0.3) -
     left, right, out = (torch.randn(size, size, generator=private) for _ in range(3))
     with torch.no_grad():
         torch.mm(left, right, out=out)
-        times = []
+        times: list[float] = []
         end = time.perf_counter() + seconds
         while time.perf_counter() < end or len(times) < 5:
             start = time.perf_counter()

@@ -1,7 +1,9 @@
 """The parts of a transformer block, each one switch of `GPTConfig` away from nanoGPT's.
 
-Shapes in names: B batch, T sequence, C channels (n_embd), H heads, D channels per head, P packed channels of q, k and v.
+Shapes in names: B batch, T sequence, C channels (n_embd), H heads, D channels per head, P packed channels of q, k, v.
 """
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -119,7 +121,12 @@ def _gelu_tanh(x: Tensor) -> Tensor:
     return F.gelu(x, approximate="tanh")
 
 
-ACTIVATIONS = {"gelu": F.gelu, "gelu_tanh": _gelu_tanh, "relu": F.relu, "relu2": _relu2}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "gelu_tanh": _gelu_tanh,
+    "relu": F.relu,
+    "relu2": _relu2,
+}
 
 
 class MLP(nn.Module):

@@ -26,6 +26,18 @@ __all__ = ["GPT"]
 INIT_STD = 0.02
 
 
+class Transformer(nn.Module):
+    """Everything between the tokens and the head, under nanoGPT's names."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.block_size, config.n_embd) if config.position == "learned" else None
+        self.drop = nn.Dropout(config.dropout if config.embd_dropout else 0.0)
+        self.h = nn.ModuleList([Block(config, layer) for layer in range(config.n_layer)])
+        self.ln_f = make_norm(config)
+
+
 class GPT(nn.Module):
     """A decoder-only transformer.
 
@@ -39,13 +51,7 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.config = config
-        parts: dict[str, nn.Module] = {"wte": nn.Embedding(config.vocab_size, config.n_embd)}
-        if config.position == "learned":
-            parts["wpe"] = nn.Embedding(config.block_size, config.n_embd)
-        parts["drop"] = nn.Dropout(config.dropout if config.embd_dropout else 0.0)
-        parts["h"] = nn.ModuleList([Block(config, layer) for layer in range(config.n_layer)])
-        parts["ln_f"] = make_norm(config)
-        self.transformer = nn.ModuleDict(parts)
+        self.transformer = Transformer(config)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=config.head_bias)
         self._tie()
         self.rope: Tensor | None
@@ -156,7 +162,7 @@ class GPT(nn.Module):
         rope = None
         if self.rope is not None:
             rope = self.rope[:, start:end]
-        else:
+        if self.transformer.wpe is not None:
             x_BTC = x_BTC + self.transformer.wpe.weight[start:end]
         x_BTC = self.transformer.drop(x_BTC)
         for block in self.transformer.h:
@@ -183,7 +189,7 @@ class GPT(nn.Module):
     def get_num_params(self, non_embedding: bool = True) -> int:
         """Number of parameters; without the position table unless `non_embedding` is False, as nanoGPT counts."""
         count = sum(parameter.numel() for parameter in self.parameters())
-        if non_embedding and self.config.position == "learned":
+        if non_embedding and self.transformer.wpe is not None:
             count -= self.transformer.wpe.weight.numel()
         return count
 
@@ -227,7 +233,7 @@ class GPT(nn.Module):
         self.config = dataclasses.replace(self.config, block_size=block_size)
         if self.rope is not None:
             self.rope = self.rope[:, :block_size]
-        else:
+        if self.transformer.wpe is not None:
             self.transformer.wpe.weight = nn.Parameter(self.transformer.wpe.weight.detach()[:block_size].clone())
             self.transformer.wpe.num_embeddings = block_size
 

@@ -44,7 +44,7 @@ def learning_rate_at(iteration: int, config: TrainConfig) -> float:
     decay_end = config.max_iters if config.lr_decay_iters is None else config.lr_decay_iters
     if iteration > decay_end:
         return config.min_lr
-    start = config.warmup_iters
+    start: float = config.warmup_iters
     if config.schedule == "wsd":
         start = decay_end - config.cooldown_fraction * (decay_end - config.warmup_iters)
         if iteration <= start:

@@ -1,8 +1,8 @@
 """A run's out dir: claimed by one run at a time, never overwritten unasked."""
 
 import contextlib
-import os
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
@@ -11,8 +11,8 @@ from fastchargpt.errors import OutDirError
 
 __all__ = ["claim_out_dir"]
 
-RUN_FILES = ("metrics.jsonl", "loss.png", "sample.txt")
-RUN_FOLDERS = ("last", "best", "last.new", "last.old", "best.new", "best.old", "tensorboard")
+RUN_FILES = ("metrics.jsonl", "loss.png", "sample.txt", "metrics.jsonl.new")
+RUN_FOLDERS = ("last", "best", "last.new", "last.old", "last.damaged", "best.new", "best.old", "tensorboard")
 LOCK = ".lock"
 
 
@@ -25,10 +25,13 @@ def claim_out_dir(out_dir: Path, mode: Literal["new", "resume", "overwrite"]) ->
         mode: `new` refuses a folder with a run in it; `overwrite` removes that run; `resume` needs one.
 
     Raises:
-        OutDirError: the folder holds a run, or none, against the mode; another run holds it; it cannot be written; or it
-            is to be overwritten and holds files that are not a run's.
+        OutDirError: the folder holds a run, or none, against the mode; another run holds it; it cannot be written; or
+            it is to be overwritten and holds files that are not a run's.
     """
-    taken = out_dir.is_dir() and any(path.name != LOCK for path in out_dir.iterdir())
+    try:
+        taken = out_dir.is_dir() and any(path.name != LOCK for path in out_dir.iterdir())
+    except OSError as error:
+        raise OutDirError(f"out dir {out_dir} cannot be read ({error.strerror}): name another with --out-dir") from None
     if out_dir.exists() and not out_dir.is_dir():
         raise OutDirError(f"out dir {out_dir} is a file: name a folder with --out-dir")
     if mode == "new" and taken:
@@ -58,7 +61,8 @@ def _remove_run(out_dir: Path) -> None:
     foreign = sorted(path.name for path in out_dir.iterdir() if path.name not in (*RUN_FILES, *RUN_FOLDERS, LOCK))
     if foreign:
         raise OutDirError(
-            f"out dir {out_dir} holds {foreign[0]!r}, which no run wrote, so --overwrite leaves it alone: name another folder"
+            f"out dir {out_dir} holds {foreign[0]!r}, which no run wrote, so --overwrite leaves it alone: "
+            "name another folder"
         )
     for name in RUN_FOLDERS:
         shutil.rmtree(out_dir / name, ignore_errors=True)
@@ -68,7 +72,7 @@ def _remove_run(out_dir: Path) -> None:
 
 def _lock(descriptor: int) -> bool:
     """Whether the lock could be had; the system gives it back when the process ends, however it ends."""
-    if os.name == "nt":
+    if sys.platform == "win32":
         import msvcrt
 
         try:

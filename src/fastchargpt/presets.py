@@ -37,9 +37,9 @@ def _gpt2(about: str, **shape: Any) -> Preset:
     )
 
 
-_CHAR = dict(vocab_size=65, block_size=256, n_layer=6, n_head=6, n_embd=384, dropout=0.2)
-_CHAR_CPU = dict(vocab_size=65, block_size=64, n_layer=4, n_head=4, n_embd=128, dropout=0.0)
-_CHAR_TRAIN = dict(batch_size=64, max_iters=5000)
+_CHAR: dict[str, Any] = dict(vocab_size=65, block_size=256, n_layer=6, n_head=6, n_embd=384, dropout=0.2)
+_CHAR_CPU: dict[str, Any] = dict(vocab_size=65, block_size=64, n_layer=4, n_head=4, n_embd=128, dropout=0.0)
+_CHAR_TRAIN: dict[str, Any] = dict(batch_size=64, max_iters=5000)
 
 # The vocabulary of a character model is that of its corpus: 65 here stands for tiny shakespeare's.
 PRESETS: dict[str, Preset] = {

@@ -10,7 +10,7 @@ __all__ = ["StopSignals"]
 
 
 class StopSignals:
-    """Inside its `with` block the first SIGINT or SIGTERM is noted in `received`; a second one ends the process at once.
+    """Inside its `with` block the first SIGINT or SIGTERM is noted in `received`; a second ends the process at once.
 
     Outside the main thread, where Python allows no handlers, it notes nothing.
     """

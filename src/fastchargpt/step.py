@@ -16,9 +16,9 @@ from fastchargpt.precision import Precision, choose_precision
 
 __all__ = ["CompileChoice", "TrainStep", "choose_compile", "make_train_step"]
 
-# What compiling costs and gains, measured on two CPU cores (bench/README.md): a cold compile takes about half a minute
-# and saves about a twentieth of a 25 ms step. On a GPU a cold compile costs about a minute and a step gets about half as
-# long; the figure there is nanoGPT's own (README, "efficiency notes"), not ours.
+# What compiling costs and gains. On two CPU cores a cold compile takes about half a minute and saves about a twentieth
+# of a 25 ms step. On a GPU, by nanoGPT's own account (its README, "efficiency notes"), it takes about a minute and
+# halves a 250 ms step; nothing of ours has been measured there yet.
 CPU_ITERATIONS_TO_EARN = 25_000
 GPU_ITERATIONS_TO_EARN = 500
 
@@ -84,6 +84,9 @@ class TrainStep:
     Attributes:
         iteration: steps taken.
         grad_norm: norm of the last gradient before clipping, a 0-d tensor; None when nothing is clipped.
+        grad_norms: the norm of each parameter's, 1-D, in the order of `norm_names`; None when nothing is clipped.
+        norm_names: the parameters that had a gradient.
+        updating: whether the optimiser is at work; still True after an error that may have left an update half done.
     """
 
     def __init__(
@@ -104,8 +107,13 @@ class TrainStep:
         self.gradient_accumulation_steps = gradient_accumulation_steps
         self.iteration = 0
         self.grad_norm: Tensor | None = None
+        self.grad_norms: Tensor | None = None
+        self.norm_names: list[str] = []
+        self.updating = False
         self._schedule = learning_rate
         self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        names = {id(parameter): name for name, parameter in model.named_parameters()}
+        self._names = [names.get(id(p), f"parameter {number}") for number, p in enumerate(self._parameters)]
         self._device_type = self._parameters[0].device.type
         self._scaler = torch.amp.GradScaler(self._device_type, enabled=precision.needs_scaler)
         self._loss = torch.compile(self._eager_loss) if compile else self._eager_loss
@@ -145,13 +153,26 @@ class TrainStep:
                 total = loss.detach() if total is None else total + loss.detach()
             if self.grad_clip > 0.0:
                 self._scaler.unscale_(self.optimizer)
-                self.grad_norm = nn.utils.clip_grad_norm_(self._parameters, self.grad_clip)
+                self._clip()
+            self.updating = True
             self._scaler.step(self.optimizer)
             self._scaler.update()
+            self.updating = False
         self.optimizer.zero_grad(set_to_none=True)
         self.iteration += 1
         assert total is not None
         return total
+
+    @torch.no_grad()
+    def _clip(self) -> None:
+        """torch's clip_grad_norm_, bit for bit, but each parameter's norm is kept: it says which one overflowed."""
+        gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
+        self.norm_names = [
+            name for name, parameter in zip(self._names, self._parameters, strict=True) if parameter.grad is not None
+        ]
+        self.grad_norms = torch.stack(torch._foreach_norm(gradients))
+        self.grad_norm = torch.linalg.vector_norm(self.grad_norms)
+        nn.utils.clip_grads_with_norm_(self._parameters, self.grad_clip, self.grad_norm)
 
     @property
     def learning_rate(self) -> float:

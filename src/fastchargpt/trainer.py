@@ -9,15 +9,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
 from fastchargpt.attention import explain_attention
 from fastchargpt.batches import TokenBatches, place_tokens
-from fastchargpt.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from fastchargpt.checkpoint import Checkpoint, load_last_good, save_checkpoint
 from fastchargpt.config import GPTConfig, TrainConfig
 from fastchargpt.corpus import Corpus
-from fastchargpt.errors import CheckpointError, TrainingError
+from fastchargpt.determinism import check_deterministic, deterministic_algorithms
+from fastchargpt.errors import CheckpointError, FastchargptError, TrainingError
 from fastchargpt.evaluation import EVAL_TOKENS_PER_BATCH, evaluate
+from fastchargpt.faults import NumberWatch, first_not_finite, is_out_of_memory
 from fastchargpt.metrics import MetricsLogger
 from fastchargpt.model import GPT
 from fastchargpt.optim import learning_rate_at
@@ -80,7 +81,13 @@ class Trainer:
         self._loggers, self._log, self._progress = loggers, log, progress
         self.device = choose_device(config.device)
         self.precision = choose_precision(config.precision, self.device)
-        self.compile = choose_compile(config.compile, self.device, config.max_iters)
+        if config.deterministic:
+            check_deterministic(self.device, config.compile)
+        self.compile = choose_compile(
+            "off" if config.deterministic and self.device.type == "cuda" else config.compile,
+            self.device,
+            config.max_iters,
+        )
         torch.manual_seed(config.seed)
         self.model = GPT(model_config).to(self.device)
         self.model.set_attention(config.attention)
@@ -110,7 +117,8 @@ class Trainer:
         self.best_iteration = 0
         self._evaluated_at = -1
         self._evaluations_without_gain = 0
-        self._unread_losses: list[Tensor] = []
+        self._saved_at = -1  # the step that last/ holds
+        self._numbers = NumberWatch(self.step, last_good=self._last_good, log=self._write)
         self._bar: Any = None
 
     def describe(self) -> list[str]:
@@ -125,23 +133,27 @@ class Trainer:
         return [
             f"corpus: {self.corpus.name}, {len(self.corpus.train):,} training and {len(self.corpus.val):,} validation "
             f"tokens, vocabulary of {self.corpus.vocab_size}",
-            f"model: {self.model.get_num_params() / 1e6:.2f}M parameters, {model.n_layer} layers x {model.n_head} heads x "
-            f"{model.n_embd} channels, context {model.block_size}",
+            f"model: {self.model.get_num_params() / 1e6:.2f}M parameters, {model.n_layer} layers "
+            f"x {model.n_head} heads x {model.n_embd} channels, context {model.block_size}",
             f"step: {self.batches.batch_size} sequences, {tokens_per_step:,} tokens; {config.max_iters:,} steps are "
             f"{config.max_iters * tokens_per_step / max(1, len(self.corpus.train)):.1f} passes over the training split",
             f"device {self.device}; precision {self.precision.name}: {self.precision.reason}",
             f"attention {attention}",
             f"compile {'on' if self.compile.on else 'off'}: {self.compile.reason}",
+            *(["deterministic: the same bits in every run with this seed"] if config.deterministic else []),
         ]
 
     def run(self) -> TrainResult:
         """Train to the end, or to the first reason to stop. Going on after a stop is another call.
 
         Raises:
-            TrainingError: a loss is not finite, or memory ran out; the message names the step and the last checkpoint.
+            TrainingError: a loss, a gradient or a weight is not finite, or memory ran out; the message names the step
+                and the last checkpoint.
+            BackendUnavailableError: deterministic was asked for, and an operation has no deterministic form here.
         """
         start = time.perf_counter()
-        with StopSignals() as signals, self._progress_bar(), self._memory_errors():
+        deterministic = deterministic_algorithms(self.config.deterministic)
+        with deterministic, StopSignals() as signals, self._progress_bar(), self._memory_errors():
             stopped = self._loop(signals)
         return TrainResult(
             iterations=self.step.iteration,
@@ -167,13 +179,13 @@ class Trainer:
             if at_end:
                 return "finished"
             if signals.received is not None:
-                self._check_losses()
+                self._numbers.read()
                 self._save_last()
                 return "SIGINT" if signals.received.name == "SIGINT" else "SIGTERM"
-            self._unread_losses.append(step(*self.batches.next_batch()))
+            self._numbers.note(step(*self.batches.next_batch()))
             steps_timed += 1
             if (step.iteration - 1) % config.log_interval == 0:
-                loss = self._check_losses()  # waits for the device, so the time below is true
+                loss = self._numbers.read()  # waits for the device, so the time below is true
                 now = time.perf_counter()
                 self._report_step(loss, (now - since) / steps_timed)
                 since, steps_timed = now, 0
@@ -192,15 +204,16 @@ class Trainer:
         }
         if math.isfinite(mfu):
             figures["mfu"] = mfu
-        if step.grad_norm is not None:
-            figures["grad_norm"] = float(step.grad_norm)
+        norm = math.nan if step.grad_norm is None else float(step.grad_norm)
+        if math.isfinite(norm):  # not where nothing is clipped, nor in a step that the gradient scaler skipped
+            figures["grad_norm"] = norm
         self._report(figures, iteration)
         if self._bar is not None:
             self._bar.set_postfix_str(f"loss {loss:.4f}, {tokens_per_second:,.0f} tok/s", refresh=False)
             self._bar.update(step.iteration - self._bar.n)
 
     def _evaluate_and_save(self) -> None:
-        self._check_losses()
+        self._numbers.read()
         iteration, block_size = self.step.iteration, self.model.config.block_size
         train = evaluate(
             self.model,
@@ -211,7 +224,10 @@ class Trainer:
         )
         val = evaluate(self.model, self._val_tokens, block_size=block_size, precision=self.precision)
         if not math.isfinite(val.loss):
-            raise TrainingError(self._not_finite("the validation loss", val.loss, iteration))
+            raise TrainingError(
+                f"the validation loss is {val.loss} at step {iteration} (learning rate {self.step.learning_rate:.3g}): "
+                f"lower --learning-rate or --grad-clip; {self._last_good()}"
+            )
         self.val_loss, self._evaluated_at = val.loss, iteration
         improved = val.loss < self.best_val_loss
         if improved:
@@ -230,32 +246,22 @@ class Trainer:
         tokens = self.config.eval_iters * self.config.batch_size * self.model.config.block_size
         return max(1, round(tokens / EVAL_TOKENS_PER_BATCH))
 
-    def _check_losses(self) -> float:
-        """The newest loss, once every loss since the last look was found finite; nan where there was none."""
-        if not self._unread_losses:
-            return math.nan
-        losses = torch.stack(self._unread_losses).tolist()
-        first = self.step.iteration - len(losses)
-        self._unread_losses.clear()
-        for offset, loss in enumerate(losses):
-            if not math.isfinite(loss):
-                raise TrainingError(self._not_finite("the loss", loss, first + offset))
-        newest: float = losses[-1]
-        return newest
-
-    def _not_finite(self, what: str, value: float, iteration: int) -> str:
-        norm = "" if self.step.grad_norm is None else f", gradient norm {float(self.step.grad_norm):.3g}"
-        saved = "nothing was saved"
-        if self.out_dir is not None and self._evaluated_at >= 0:
-            saved = f"the last good checkpoint is {self.out_dir / 'last'}, of step {self._evaluated_at}"
-        return (
-            f"{what} is {value} at step {iteration} (learning rate {learning_rate_at(iteration, self.config):.3g}{norm}): "
-            f"lower --learning-rate or --grad-clip; {saved}"
-        )
-
     def _save_last(self) -> None:
-        if self.out_dir is not None:
-            save_checkpoint(self.out_dir / "last", self._checkpoint(with_trainer=True))
+        if self.out_dir is None:
+            return
+        overflowed = first_not_finite(self.model)
+        if overflowed is not None:  # the step that did it had a finite loss and gradient, so nothing has said so yet
+            raise TrainingError(
+                f"the weight {overflowed} is not finite after step {self.step.iteration - 1} (learning rate "
+                f"{self.step.learning_rate:.3g}): lower --learning-rate; {self._last_good()}"
+            )
+        save_checkpoint(self.out_dir / "last", self._checkpoint(with_trainer=True), keep_previous=True)
+        self._saved_at = self.step.iteration
+
+    def _last_good(self) -> str:
+        if self.out_dir is None or self._saved_at < 0:
+            return "nothing was saved"
+        return f"the last good checkpoint is {self.out_dir / 'last'}, of step {self._saved_at}"
 
     def _checkpoint(self, *, with_trainer: bool) -> Checkpoint:
         return Checkpoint(
@@ -290,6 +296,8 @@ class Trainer:
     def resume(self) -> int:
         """Take up the run whose `last/` lies in out_dir; on a CPU the rest is then bit-equal to never having stopped.
 
+        Where `last/` is damaged, the save before it is taken, and a line says so.
+
         Returns:
             The steps already taken.
 
@@ -298,7 +306,12 @@ class Trainer:
         """
         assert self.out_dir is not None, "a run without an out dir has nothing to resume"
         folder = self.out_dir / "last"
-        checkpoint = load_checkpoint(folder, device=self.device, with_trainer=True)
+        checkpoint, damage = load_last_good(folder, device=self.device, with_trainer=True, repair=True)
+        if damage is not None:
+            self._write(
+                f"{damage}; going on from the save before it, of step {checkpoint.info.get('iteration')} (the damaged "
+                f"one is kept as {folder}.damaged)"
+            )
         if checkpoint.model_config != self.model.config:
             raise CheckpointError(
                 f"{folder} holds another model than the one asked for: resume with the flags it began with"
@@ -306,12 +319,26 @@ class Trainer:
         sizes = [len(self.corpus.train), len(self.corpus.val)]
         if checkpoint.info.get("corpus_tokens") != sizes:
             raise CheckpointError(
-                f"{folder} was trained on {checkpoint.info.get('corpus_tokens')} training and validation tokens, and the "
-                f"corpus {self.corpus.name} has {sizes}: resume with the --data it began with"
+                f"{folder} was trained on {checkpoint.info.get('corpus_tokens')} training and validation tokens, and "
+                f"the corpus {self.corpus.name} has {sizes}: resume with the --data it began with"
             )
-        self.model.load_state_dict(checkpoint.weights)
         state = checkpoint.trainer_state
         assert state is not None
+        try:
+            self.model.load_state_dict(checkpoint.weights)
+            self._load_state(state)
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
+            if isinstance(error, FastchargptError):
+                raise
+            reason = str(error).splitlines()[0][:120] if str(error) else "no reason given"
+            raise CheckpointError(
+                f"{folder} holds the state of another kind of run ({type(error).__name__}: {reason}): it can be "
+                "sampled from, not resumed"
+            ) from None
+        self._saved_at = self.step.iteration
+        return self.step.iteration
+
+    def _load_state(self, state: dict[str, Any]) -> None:
         self.step.load_state_dict(state["step"])
         self.batches.load_state_dict(state["batches"])
         torch.set_rng_state(state["rng"])
@@ -320,7 +347,6 @@ class Trainer:
         self.val_loss, self.best_val_loss = state["val_loss"], state["best_val_loss"]
         self.best_iteration, self._evaluated_at = state["best_iteration"], state["evaluated_at"]
         self._evaluations_without_gain = state["evaluations_without_gain"]
-        return self.step.iteration
 
     def _report(self, figures: dict[str, float], iteration: int) -> None:
         for logger in self._loggers:
@@ -353,14 +379,23 @@ class Trainer:
     def _memory_errors(self) -> Iterator[None]:
         try:
             yield
-        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-            if isinstance(error, RuntimeError) and not _is_out_of_memory(error):
+            return
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
                 raise
-            raise TrainingError(
-                f"out of memory at step {self.step.iteration}: lower --batch-size (and raise --gradient-accumulation-steps "
-                "to keep the step), --block-size or the model's size"
-            ) from None
+        # here, not in the handler: leaving it frees the frames of the failed step and the tensors that they hold
+        self.step.optimizer.zero_grad(set_to_none=True)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        raise TrainingError(
+            f"out of memory at step {self.step.iteration}: lower --batch-size (and raise "
+            f"--gradient-accumulation-steps to keep the step), --block-size or the model's size; {self._rescue()}"
+        )
 
-
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    def _rescue(self) -> str:
+        """Save the steps since the last checkpoint, if they are whole and it can be done; a clause that says so."""
+        if not self.step.updating and not self.config.eval_only and self._saved_at < self.step.iteration:
+            with contextlib.suppress(FastchargptError, MemoryError, RuntimeError):
+                self._numbers.read()
+                self._save_last()
+        return self._last_good()

@@ -1,16 +1,17 @@
 """From words to dataclasses: tyro, with nanoGPT's spellings let in and its error boxes folded into one sentence."""
 
+import argparse
 import contextlib
 import io
 import re
 from collections.abc import Mapping, Sequence
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 import tyro
 
 from fastchargpt.errors import ConfigError
 
-__all__ = ["given", "parse", "peek"]
+__all__ = ["PlainParser", "given", "parse", "peek"]
 
 T = TypeVar("T")
 
@@ -102,3 +103,11 @@ def _sentence(box: str) -> str:
         if section[0].startswith("Perhaps you meant") and len(section) > 1:
             sentence += f" (did you mean {section[1].split()[0].rstrip(',')}?)"
     return sentence
+
+
+class PlainParser(argparse.ArgumentParser):
+    """argparse whose complaints are this package's errors, for the commands that must work where tyro is missing."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise ConfigError."""
+        raise ConfigError(f"{message} (`{self.prog} --help` lists the options)")

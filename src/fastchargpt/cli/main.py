@@ -1,5 +1,6 @@
 """Which command was meant, and how its errors reach the user: one line, exit status 2."""
 
+import errno
 import importlib
 import os
 import sys
@@ -16,6 +17,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "sample": ("fastchargpt.cli.sample", "write text with a trained model"),
     "eval": ("fastchargpt.cli.evaluate", "measure a trained model's loss on a whole split"),
     "convert": ("fastchargpt.cli.convert", "bring a model in from another format, or take one out"),
+    "bench": ("fastchargpt.cli.bench", "measure this machine against peers, draw the report"),
     "doctor": ("fastchargpt.doctor", "say what this machine can do, and what is missing"),
 }
 
@@ -52,6 +54,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         # the reader (head, less) has what it wanted; nothing may be written any more, not even at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except OSError as error:
+        # a disk that is full or a file that may not be written; what is not about a file is a fault of ours
+        if error.filename is None and error.errno != errno.ENOSPC:
+            raise
+        return _fail(f"{error.filename or 'a file'} cannot be read or written: {error.strerror}")
 
 
 def _fail(sentence: str) -> int:

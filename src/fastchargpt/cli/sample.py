@@ -10,6 +10,7 @@ from typing import Annotated
 import tyro
 
 from fastchargpt.cli.arguments import parse
+from fastchargpt.engines import EngineConfig
 from fastchargpt.errors import CheckpointError, ConfigError
 from fastchargpt.generation import generate, stream
 from fastchargpt.loading import load
@@ -45,6 +46,8 @@ class SampleCommand:
     prompt: PromptOptions = field(default_factory=PromptOptions)
     # how the next token is chosen
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    # what computes it
+    engine: EngineConfig = field(default_factory=EngineConfig)
 
 
 def run(argv: Sequence[str]) -> int:
@@ -60,15 +63,15 @@ def run(argv: Sequence[str]) -> int:
         )
     prompt = _read_prompt(options)
     if options.json:
-        for generation in generate(model, tokenizer, prompt, config):
+        for generation in generate(model, tokenizer, prompt, config, command.engine):
             print(json.dumps(asdict(generation), ensure_ascii=False))
     elif config.num_samples == 1:
         _show(prompt)
-        for piece in stream(model, tokenizer, prompt, config):
+        for piece in stream(model, tokenizer, prompt, config, command.engine):
             _show(piece)
         _show("\n")
     else:
-        for generation in generate(model, tokenizer, prompt, config):
+        for generation in generate(model, tokenizer, prompt, config, command.engine):
             print(f"{prompt}{generation.text}\n{SEPARATOR}", flush=True)
     return 0
 

@@ -1,6 +1,7 @@
 """`fastchargpt train`: text in; a trained model, its figures, its picture and a sample out."""
 
 import dataclasses
+import os
 import shutil
 import signal
 import sys
@@ -9,11 +10,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from fastchargpt.checkpoint import load_checkpoint
+from fastchargpt.checkpoint import load_last_good
 from fastchargpt.cli.arguments import given, parse, peek
 from fastchargpt.config import GPTConfig, TrainConfig
 from fastchargpt.corpus import Corpus, load_corpus
-from fastchargpt.errors import ConfigError
+from fastchargpt.errors import ConfigError, OutDirError
 from fastchargpt.metrics import JsonlMetrics, MetricsLogger, TensorBoardMetrics, read_metrics
 from fastchargpt.outdir import claim_out_dir
 from fastchargpt.plotting import plot_losses
@@ -50,7 +51,7 @@ class RunOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainCommand:
-    """Train a GPT on a text. nanoGPT's spellings work too: --n_layer=4, --device=cpu, --compile=False, --dtype=float32."""
+    """Train a GPT on a text. nanoGPT's spellings work too: --n_layer=4, --compile=False, --dtype=float32."""
 
     # what to train on, and where to
     run: RunOptions = field(default_factory=RunOptions)
@@ -70,6 +71,8 @@ def run(argv: Sequence[str]) -> int:
     if corpus.note:
         print(corpus.note)
     model_config = _with_vocabulary(command.model, corpus, given(argv, "vocab_size"))
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at the first matrix product on a GPU
     out_dir = Path(options.out_dir)
     mode: Literal["new", "resume", "overwrite"] = "new"
     if options.resume or options.overwrite:
@@ -99,7 +102,14 @@ def run(argv: Sequence[str]) -> int:
         if resumed_at is not None:
             print(f"resumed from {out_dir / 'last'} at step {resumed_at}")
         result = trainer.run()
-        _finish(trainer, result, out_dir, metrics)
+        try:
+            _finish(trainer, result, out_dir, metrics)
+        except OSError as error:
+            if isinstance(error, OutDirError | BrokenPipeError):
+                raise
+            raise OutDirError(
+                f"the run is saved in {out_dir}, but its picture or sample could not be written ({error.strerror})"
+            ) from error
     return 128 + signal.Signals[result.stopped] if result.stopped in ("SIGINT", "SIGTERM") else 0
 
 
@@ -107,9 +117,11 @@ def _defaults(argv: Sequence[str]) -> TrainCommand:
     """What the flags that are not given mean: the preset's values, or those of the run that is resumed."""
     if given(argv, "resume") and peek(argv, "resume") not in ("False", "false"):
         out_dir = peek(argv, "out_dir") or RunOptions.out_dir
-        checkpoint = load_checkpoint(Path(out_dir) / "last")
+        checkpoint, _ = load_last_good(Path(out_dir) / "last")
         remembered: dict[str, Any] = {
-            name: checkpoint.info[name] for name in ("data", "tokenizer", "bpe_vocab_size") if name in checkpoint.info
+            name: checkpoint.info[name]
+            for name, kind in (("data", str), ("tokenizer", str), ("bpe_vocab_size", int))
+            if isinstance(checkpoint.info.get(name), kind)
         }
         return TrainCommand(
             run=RunOptions(**remembered),
@@ -131,7 +143,8 @@ def _with_vocabulary(model: GPTConfig, corpus: Corpus, asked_for: bool) -> GPTCo
         return dataclasses.replace(model, vocab_size=corpus.vocab_size)
     if model.vocab_size < corpus.vocab_size:
         raise ConfigError(
-            f"--vocab-size {model.vocab_size} is below the {corpus.vocab_size} distinct tokens of {corpus.name}: leave it out"
+            f"--vocab-size {model.vocab_size} is below the {corpus.vocab_size} distinct tokens of {corpus.name}: "
+            "leave it out"
         )
     return model
 

@@ -1,0 +1,137 @@
+"""Fill the launch tables with no GPU: for each kernel the first candidate, best first, that passes the gate.
+
+    python bench/make_tables.py sm_90 gfx942     # writes kernels/tuning/sm_90.json, gfx942.json; default: all
+
+An entry must pass (tests/gate.py) in every precision that it serves, with dropout and without; where only the plain
+kernel passes, the entry says so and another one serves dropout. Where no candidate passes there is no entry, and the
+dispatcher takes another kernel or another backend. The order of preference is by the static estimate: larger tiles move
+fewer bytes, 4 warps repeat no tensor-core work, and two stages hide loads where registers allow. Measured tables, from
+`fastchargpt bench attention --tune`, replace these.
+"""
+
+import argparse
+import itertools
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parent / "tests")]  # run as a script: the gate's equipment lives with the tests
+
+from aot import TARGETS  # noqa: E402
+from fastchargpt.kernels.tuning import Config, Entry, save_table  # noqa: E402
+from gate import judge  # noqa: E402
+from launches import cases  # noqa: E402
+
+__all__ = ["HEAD_DIMS", "SHIPPED", "choose", "slots"]
+
+TABLES = HERE.parent / "kernels" / "tuning"
+Settings = tuple[int, int, int, int]  # BLOCK_M, BLOCK_N, warps, stages
+HEAD_DIMS = (32, 64, 128, 256)
+SHIPPED = [name for name in TARGETS if name != "sm_75"]  # there Triton has no tensor cores: SDPA serves
+
+# By kernel and head_dim, best first. Forward and dq own BLOCK_M queries and walk BLOCK_N keys; dkdv and blocks own
+# BLOCK_N and walk BLOCK_M; tile holds the whole sequence.
+HALF: dict[str, dict[int, list[Settings]]] = {
+    "forward": {
+        32: [(64, 64, 4, 2), (64, 32, 4, 2), (64, 32, 4, 1)],
+        64: [(64, 64, 4, 2), (64, 32, 4, 2), (64, 32, 4, 1)],
+        128: [(64, 64, 4, 2), (128, 64, 8, 2), (64, 32, 4, 2), (64, 32, 4, 1), (32, 32, 4, 1)],
+        256: [(64, 32, 4, 1), (64, 32, 8, 1), (32, 32, 4, 1), (16, 32, 4, 1), (16, 16, 4, 1)],
+    },
+    "decode": {
+        32: [(16, 64, 4, 2), (16, 32, 4, 2), (16, 32, 4, 1)],
+        64: [(16, 64, 4, 2), (16, 32, 4, 2), (16, 32, 4, 1)],
+        128: [(16, 64, 4, 2), (16, 32, 4, 2), (16, 32, 4, 1)],
+        256: [(16, 32, 4, 2), (16, 32, 4, 1), (16, 16, 4, 1)],
+    },
+    "blocks": {
+        32: [(32, 64, 4, 2), (32, 64, 4, 1), (32, 32, 4, 1), (16, 32, 4, 1)],
+        64: [(32, 64, 4, 2), (32, 64, 4, 1), (32, 32, 4, 2), (32, 32, 4, 1), (16, 32, 4, 1)],
+        128: [(32, 32, 4, 2), (32, 32, 4, 1), (16, 32, 4, 1), (16, 32, 8, 1)],
+    },
+    "dq": {
+        32: [(64, 64, 4, 2), (64, 32, 4, 2), (64, 32, 4, 1)],
+        64: [(64, 64, 4, 2), (64, 32, 4, 2), (64, 32, 4, 1), (32, 32, 4, 1)],
+        128: [(64, 32, 4, 2), (64, 32, 4, 1), (32, 32, 4, 1), (16, 32, 4, 1)],
+        256: [(32, 32, 4, 1), (32, 32, 8, 1), (16, 32, 4, 1), (16, 16, 4, 1), (16, 16, 8, 1)],
+    },
+    "dkdv": {
+        32: [(64, 64, 4, 2), (32, 64, 4, 2), (32, 64, 4, 1)],
+        64: [(32, 64, 4, 2), (32, 64, 4, 1), (32, 32, 4, 1)],
+        128: [(32, 64, 4, 2), (32, 64, 8, 1), (32, 32, 4, 1), (16, 32, 4, 1), (16, 32, 8, 1)],
+        256: [(32, 32, 8, 1), (16, 32, 8, 1), (16, 32, 4, 1), (16, 16, 4, 1), (16, 16, 8, 1)],
+    },
+}
+TILES: dict[int, list[Settings]] = {  # by the longest sequence
+    16: [(16, 16, 2, 1), (16, 16, 4, 1)],
+    32: [(32, 32, 2, 1), (32, 32, 4, 1)],
+    64: [(64, 64, 4, 1), (64, 64, 8, 1)],
+    128: [(128, 128, 8, 1)],
+}
+# Exact fp32 products are ordinary multiply-adds, which keep both operands in registers: tiles must be small.
+EXACT: list[Settings] = [(32, 32, 4, 1), (32, 32, 8, 1), (16, 32, 4, 1), (16, 16, 4, 1), (16, 16, 8, 1)]
+EXACT_TILES: dict[int, list[Settings]] = {16: [(16, 16, 4, 1)], 32: [(32, 32, 4, 1), (32, 32, 8, 1)]}
+BLOCKS_UP_TO = 512  # beyond, two launches move fewer bytes in flight and cost nothing that counts
+
+
+def candidates(kernel: str, dtype: str, head_dim: int, max_length: int | None) -> list[Settings]:
+    if kernel == "tile":
+        return (TILES if dtype == "half" else EXACT_TILES)[max_length or 0]
+    if dtype == "half":
+        return HALF[kernel].get(head_dim, [])
+    if kernel == "decode":
+        return [(16, 32, 4, 1), (16, 16, 4, 1), (16, 16, 8, 1)]
+    return [] if kernel == "blocks" else EXACT
+
+
+def slots(dtypes: Iterable[str], head_dims: Iterable[int]) -> Iterator[tuple[str, str, int, int | None]]:
+    """What a table may hold: (kernel, dtype, head_dim, longest sequence)."""
+    for dtype, head_dim in itertools.product(dtypes, head_dims):
+        for kernel in ("forward", "decode", "dq", "dkdv"):
+            yield kernel, dtype, head_dim, None
+        if dtype == "half" and head_dim in HALF["blocks"]:
+            yield "blocks", dtype, head_dim, BLOCKS_UP_TO
+        for length in TILES if dtype == "half" else EXACT_TILES:
+            if length * head_dim <= 8192:
+                yield "tile", dtype, head_dim, length
+
+
+def choose(target: str, kernel: str, dtype: str, head_dim: int, max_length: int | None) -> Iterator[Entry]:
+    """The first candidate that passes, preferably with dropout; where that costs a better one, that one too."""
+    plain: Entry | None = None
+    for block_m, block_n, warps, stages in candidates(kernel, dtype, head_dim, max_length):
+        config = Config(kernel, block_m, block_n, warps, stages)
+        keys = {"dtype": dtype, "head_dim": head_dim, "max_length": max_length}
+        for dropout in (False, True) if kernel != "decode" else (False,):
+            entry = Entry(config=config, dropout=dropout, **keys)
+            wanted = [case for case in cases(entry) if case.dropout == dropout]
+            if any(judgement.problems for case in wanted for judgement in judge(config, case, target)):
+                break
+            plain = plain or entry
+            if dropout:
+                if plain.config != config:
+                    yield plain
+                yield entry
+                return
+        if plain and kernel == "decode":
+            break
+    if plain:
+        yield plain
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("targets", nargs="*", default=SHIPPED)
+    arguments = parser.parse_args()
+    for target in arguments.targets:
+        entries: list[Entry] = []
+        for slot in slots(("half", "fp32"), HEAD_DIMS):
+            found = list(choose(target, *slot))
+            print(target, *slot, [(*vars(e.config).values(), e.dropout) for e in found], flush=True)
+            entries += found
+        save_table(TABLES / f"{target}.json", target, entries)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,126 @@
+"""Results as they were saved: read, checked, compared."""
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from fastchargpt.errors import ConfigError
+
+__all__ = ["Change", "Row", "Run", "changes", "load_run", "rivalries"]
+
+# Medians closer than this are one and the same, whatever the bands say.
+LEAST_CHANGE = 0.05
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One contestant's result in one contest."""
+
+    subject: str
+    contest: str
+    contestant: str
+    # seconds
+    median: float
+    p20: float
+    p80: float
+    # flops_per_s, bytes_per_s, tokens_per_s, peak_bytes, loss, shape, dtype, ... where the contest has them
+    facts: dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One run of the suite."""
+
+    name: str
+    machine: dict[str, Any]
+    rows: list[Row]
+    # contest, contestant, kind (wrong or absent) and reason of those that were not timed
+    not_ranked: list[dict[str, str]]
+
+    def contests(self, subject: str) -> dict[str, list[Row]]:
+        """The contests of a subject, the fastest contestant of each first."""
+        found: dict[str, list[Row]] = {}
+        for row in self.rows:
+            if row.subject == subject:
+                found.setdefault(row.contest, []).append(row)
+        return {name: sorted(rows, key=lambda row: row.median) for name, rows in found.items()}
+
+    @property
+    def subjects(self) -> list[str]:
+        """What the run was about, in its order."""
+        return list(dict.fromkeys(row.subject for row in self.rows))
+
+
+def load_run(path: Path) -> Run:
+    """A run as `fastchargpt bench` or pytest-benchmark saved it.
+
+    Raises:
+        ConfigError: the file cannot be read, or holds something else.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        machine = content["machine_info"]["fastchargpt"]
+        rows = [_row(entry) for entry in content["benchmarks"]]
+        return Run(name=path.stem, machine=machine, rows=rows, not_ranked=content.get("not_ranked", []))
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read ({error.strerror})") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{path} is not a result of `fastchargpt bench` ({type(error).__name__}: {error})") from None
+
+
+def _row(entry: dict[str, Any]) -> Row:
+    facts, stats = dict(entry["extra_info"]), entry["stats"]
+    return Row(
+        subject=facts.pop("subject", entry["name"].removeprefix("test_").partition("_")[0].partition("[")[0]),
+        contest=facts.pop("contest", entry["name"].partition("[")[0].removeprefix("test_").replace("_", " ")),
+        contestant=facts.pop("contestant", entry.get("param") or entry["name"]),
+        median=float(facts.pop("median_s", stats["median"])),
+        p20=float(facts.pop("p20_s", stats["q1"])),
+        p80=float(facts.pop("p80_s", stats["q3"])),
+        facts=facts,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Change:
+    """What became of a contestant from one run to another."""
+
+    before: Row
+    after: Row
+
+    @property
+    def ratio(self) -> float:
+        """The time after over the time before: above 1 is slower."""
+        return self.after.median / self.before.median if self.before.median else math.nan
+
+    @property
+    def verdict(self) -> Literal["slower", "faster", "same"]:
+        """`same` where the middle 60 % of the two runs' samples overlap, or the medians are all but equal."""
+        if self.after.p20 > self.before.p80 and self.ratio > 1 + LEAST_CHANGE:
+            return "slower"
+        if self.after.p80 < self.before.p20 and self.ratio < 1 - LEAST_CHANGE:
+            return "faster"
+        return "same"
+
+
+def changes(before: Run, after: Run) -> list[Change]:
+    """What both runs measured, the slowed-down first."""
+    known = {(row.contest, row.contestant): row for row in before.rows}
+    both = [(known[key], row) for row in after.rows if (key := (row.contest, row.contestant)) in known]
+    return sorted((Change(before=old, after=new) for old, new in both), key=lambda change: -change.ratio)
+
+
+def rivalries(run: Run) -> Iterator[tuple[Row, Row]]:
+    """Our best and the best peer wherever both compute the same thing, shape by shape."""
+    groups: dict[tuple[str, str, str], list[Row]] = {}
+    for row in run.rows:
+        match = (row.contest, str(row.facts.get("match", "")), str(row.facts.get("precision", "")))
+        groups.setdefault(match, []).append(row)
+    for rows in groups.values():
+        ours = [row for row in rows if row.facts.get("side") == "ours"]
+        peers = [row for row in rows if row.facts.get("side") == "peer"]
+        if ours and peers:
+            yield min(ours, key=lambda row: row.median), min(peers, key=lambda row: row.median)

@@ -1,0 +1,226 @@
+"""The contestants of the training contests: one optimiser step, ours and the peers', from the same weights."""
+
+import contextlib
+import copy
+import functools
+import io
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from fastchargpt.bench.contest import Absent, Contestant
+from fastchargpt.bench.peers import lecture_model, nanogpt_model
+from fastchargpt.bench.settings import Settings
+from torch import Tensor, nn
+
+from fastchargpt.config import Family, GPTConfig
+from fastchargpt.errors import BackendUnavailableError
+from fastchargpt.model import GPT
+from fastchargpt.precision import choose_precision
+from fastchargpt.roofline import measure_roof
+from fastchargpt.step import choose_compile, make_train_step
+
+__all__ = ["Recipe", "Work", "contestants", "entrants", "works"]
+
+Batch = tuple[Tensor, Tensor]
+
+# Steps after which the loss must be the oracle's, and by how much it may differ in each precision: the last holds what
+# 16-bit products cost a run of this length, with room to spare.
+CHECKED_STEPS = 5
+TOLERANCE = {"fp32": 1e-4, "tf32": 2e-3, "bf16": 2e-2, "fp16": 2e-2}
+LEARNING_RATE, WEIGHT_DECAY, BETAS, GRAD_CLIP = 1e-3, 0.1, (0.9, 0.99), 1.0
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a step is taken on."""
+
+    name: str
+    batch_size: int
+    # of the nanogpt family, without dropout: with it no two contestants compute the same
+    shape: GPTConfig
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a step of ours is taken."""
+
+    family: Family
+    precision: str
+    compile: bool
+
+    def __str__(self) -> str:
+        return f"{self.family}-{self.precision}-{'compiled' if self.compile else 'eager'}"
+
+
+def works(device: torch.device, *, quick: bool) -> list[Work]:
+    """The CPU demo of nanoGPT's README; shakespeare-char too, where it does not take minutes."""
+    small = GPTConfig(vocab_size=65, block_size=64, n_layer=4, n_head=4, n_embd=128, bias=False)
+    large = GPTConfig(vocab_size=65, block_size=256, n_layer=6, n_head=6, n_embd=384, bias=False)
+    demo, char = Work("cpu-demo", 12, small), Work("shakespeare-char", 64, large)
+    if device.type == "cuda":
+        return [char] if quick else [demo, char]
+    return [demo] if quick else [demo, Work("shakespeare-char-b16", 16, large)]
+
+
+def contestants(device: torch.device, *, quick: bool) -> list[str]:
+    """Names of the contestants, the peers' at the end."""
+    gpu = device.type == "cuda"
+    families: tuple[Family, ...] = ("nanogpt", "lecture", "modern")
+    if quick:  # a cold compile takes half a minute on a CPU, and bf16 without AMX is ten times slower than fp32
+        recipes = [Recipe(family, "bf16" if gpu else "fp32", gpu) for family in families]
+    else:
+        precisions = ("fp32", "tf32", "bf16") if gpu else ("fp32", "bf16")
+        recipes = [Recipe(*each) for each in itertools.product(families, precisions, (False, True))]
+    return [*map(str, recipes), "peer-nanogpt", "peer-lecture"]
+
+
+def entrants(work: Work, settings: Settings) -> dict[str, Callable[[], Contestant]]:
+    """Every contestant for a piece of work, on the same batches."""
+    device = settings.device
+    generator = torch.Generator().manual_seed(1)
+    rows = torch.randint(work.shape.vocab_size, (4, work.batch_size, work.shape.block_size + 1), generator=generator)
+    batches = [(row[:, :-1].contiguous().to(device), row[:, 1:].contiguous().to(device)) for row in rows]
+    roof = measure_roof(device)
+    oracle = functools.cache(functools.partial(_oracle, work, tuple(batches)))
+
+    def build(name: str) -> Contestant:
+        if name.startswith("peer-"):
+            step, family, precision, flops = _peer(name.removeprefix("peer-"), work, settings)
+        else:
+            step, family, precision, flops = _ours(name, work, device)
+        losses = [float(step(*batch)) for batch in itertools.islice(itertools.cycle(batches), CHECKED_STEPS)]
+        turn = itertools.cycle(batches)
+        tokens = work.batch_size * work.shape.block_size
+        side = "peer" if name.startswith("peer-") else "ours"
+        facts = {
+            "side": side,
+            "match": family,
+            "flops": flops * tokens,
+            "tokens": tokens,
+            "precision": precision,
+            "roof_flops": roof.flops,
+        }
+        return Contestant(
+            call=lambda: step(*next(turn)),
+            check=lambda: _judge(losses, oracle(family), TOLERANCE[precision]),
+            facts={**facts, "loss": losses[-1]},
+        )
+
+    return {name: functools.partial(build, name) for name in contestants(device, quick=settings.quick)}
+
+
+def _judge(losses: Sequence[float], truth: Sequence[float], tolerance: float) -> str | None:
+    worst = max(abs(loss - true) for loss, true in zip(losses, truth, strict=True))
+    if worst <= tolerance:  # NaN is not
+        return None
+    return f"within {len(truth)} steps its loss is {worst:.2g} nats off the oracle's; allowed are {tolerance:g}"
+
+
+def _model(family: Family, work: Work) -> GPT:
+    """Ours at the work's shape, weights from a fixed seed. Zero-initialised parts are drawn too, to give them work."""
+    shape = work.shape
+    sizes = {name: getattr(shape, name) for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd")}
+    config = shape if family == "nanogpt" else GPTConfig.family(family, **sizes)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1337)
+        return GPT(replace(config, proj_init="normal"))
+
+
+def _oracle(work: Work, batches: Sequence[Batch], family: Family) -> list[float]:
+    """The losses of plain float64 training on the naive attention: forward, backward, clip, AdamW, nothing fused."""
+    model = _model(family, work).double()
+    model.set_attention("naive")
+    return list(_plain_losses(model, [(x.cpu(), y.cpu()) for x, y in batches], clip=True, decay_all=False))
+
+
+def _plain_losses(model: nn.Module, batches: Sequence[Batch], *, clip: bool, decay_all: bool) -> Iterator[float]:
+    step = _plain_step(model, clip=clip, decay_all=decay_all)
+    for x, y in itertools.islice(itertools.cycle(batches), CHECKED_STEPS):
+        yield float(step(x, y))
+
+
+def _plain_step(model: nn.Module, *, clip: bool, decay_all: bool) -> Callable[[Tensor, Tensor], Tensor]:
+    """A step as one writes it by hand; matrices alone decay unless `decay_all`."""
+    parameters = list(model.parameters())
+    groups = [
+        {"params": [p for p in parameters if decay_all or p.dim() >= 2], "weight_decay": WEIGHT_DECAY},
+        {"params": [p for p in parameters if not decay_all and p.dim() < 2], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=LEARNING_RATE, betas=BETAS)
+    return _loop_body(model, optimizer, clip=clip)
+
+
+def _loop_body(model: nn.Module, optimizer: torch.optim.Optimizer, *, clip: bool) -> Callable[[Tensor, Tensor], Tensor]:
+    def step(x: Tensor, y: Tensor) -> Tensor:
+        loss: Tensor = model(x, y)[1]
+        loss.backward()
+        if clip:
+            nn.utils.clip_grad_norm_(model.parameters(), GRAD_CLIP)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return loss.detach()
+
+    return step
+
+
+Step = tuple[Callable[[Tensor, Tensor], Tensor], Family, str, int]
+
+
+def _ours(name: str, work: Work, device: torch.device) -> Step:
+    family, precision, how = name.split("-")
+    compiled = how == "compiled"
+    if compiled:
+        try:
+            choose_compile("on", device, 1)
+        except BackendUnavailableError as error:
+            raise Absent(str(error)) from None
+    model = _model(family, work).to(device)  # type: ignore[arg-type]
+    step = make_train_step(
+        model,
+        learning_rate=LEARNING_RATE,
+        weight_decay=WEIGHT_DECAY,
+        betas=BETAS,
+        grad_clip=GRAD_CLIP,
+        precision=choose_precision(precision, device),
+        compile=compiled,
+    )
+    return step, family, precision, model.flops_per_token()  # type: ignore[return-value]
+
+
+def _peer(name: str, work: Work, settings: Settings) -> Step:
+    """A peer's model under the statements of its own training loop, in fp32, eager: as its script runs on a CPU.
+
+    On a GPU both scripts differ: nanoGPT's default is bf16 autocast and torch.compile, so it gets them.
+    """
+    if name not in settings.peers:
+        raise Absent(f"give its checkout with --peer {name}=PATH")
+    checkout, device = settings.peers[name], settings.device
+    if name == "nanogpt":
+        ours = _model("nanogpt", work)
+        with contextlib.redirect_stdout(io.StringIO()):  # it reports its parameter count
+            model = nanogpt_model(checkout, work.shape).to(device)
+            optimizer = model.configure_optimizers(WEIGHT_DECAY, LEARNING_RATE, BETAS, device.type)  # type: ignore[operator]
+        model.load_state_dict(ours.state_dict())
+        if device.type == "cuda":
+            model.compile()
+            return _autocast_step(model, optimizer), "nanogpt", "bf16", ours.flops_per_token()
+        return _loop_body(model, optimizer, clip=True), "nanogpt", "fp32", ours.flops_per_token()
+    from fastchargpt.integrations.lecture import to_lecture
+
+    ours = _model("lecture", work)
+    model = lecture_model(checkout, ours.config, str(device)).to(device)
+    model.load_state_dict(copy.deepcopy(to_lecture(ours)))
+    # its script neither clips nor spares the biases from decay; both are set to the oracle's here, at no cost to it
+    return _plain_step(model, clip=True, decay_all=False), "lecture", "fp32", ours.flops_per_token()
+
+
+def _autocast_step(model: nn.Module, optimizer: torch.optim.Optimizer) -> Callable[[Tensor, Tensor], Tensor]:
+    plain = _loop_body(model, optimizer, clip=True)
+
+    def step(x: Tensor, y: Tensor) -> Tensor:
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            return plain(x, y)
+
+    return step

@@ -1,0 +1,117 @@
+"""`fastchargpt bench`: run the benchmark suite, draw its report, compare two runs."""
+
+import argparse
+import importlib.util
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from fastchargpt.cli.arguments import PlainParser
+from fastchargpt.errors import BackendUnavailableError, ConfigError, nearest
+
+__all__ = ["run"]
+
+SUBJECTS = ("attention", "training", "generation", "tokenizers", "batches", "samplers")
+USAGE = """fastchargpt bench [SUBJECT ...] [--quick] [--device D] [--peer nanogpt=PATH] [--out FILE.json]
+       fastchargpt bench report A.json [B.json] [--out report.html]
+       fastchargpt bench compare A.json B.json"""
+
+
+def run(argv: Sequence[str]) -> int:
+    """Do what the words say; the exit status: that of the suite, and of a comparison 1 where something got slower.
+
+    Raises:
+        ConfigError: the words are not understood, or a file is no result.
+        BackendUnavailableError: pytest-benchmark is missing, or the device is not there.
+    """
+    words = list(argv)
+    if words[:1] == ["report"]:
+        return _report(words[1:])
+    if words[:1] == ["compare"]:
+        return _compare(words[1:])
+    return _suite(words)
+
+
+def _suite(words: Sequence[str]) -> int:
+    parser = _parser("bench")
+    parser.add_argument("subjects", nargs="*", metavar="SUBJECT", help=f"{', '.join(SUBJECTS)}; all unless named")
+    parser.add_argument("--quick", action="store_true", help="fewer shapes: under 3 minutes on 2 CPU cores")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
+    parser.add_argument(
+        "--peer", action="append", default=[], metavar="NAME=PATH", help="nanogpt or lecture: a checkout"
+    )
+    parser.add_argument("--out", type=Path, default=Path("bench.json"), help="the results (default: %(default)s)")
+    options = parser.parse_args(words)
+    for subject in options.subjects:
+        if subject not in SUBJECTS:
+            known = ("report", "compare", *SUBJECTS)
+            raise ConfigError(
+                f"there is no benchmark of {subject!r}{nearest(subject, known)}; there are {', '.join(SUBJECTS)}"
+            )
+    missing = [name for name in ("pytest", "pytest_benchmark") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise BackendUnavailableError(f"the benchmarks need {' and '.join(missing)}: pip install 'fastchargpt[bench]'")
+    import fastchargpt.bench
+    from fastchargpt.bench.settings import settings_from
+
+    settings_from(device=options.device, quick=options.quick, peers=options.peer)  # mistakes end here, in one sentence
+    folder = Path(fastchargpt.bench.__path__[0])
+    files = [str(folder / f"test_bench_{subject}.py") for subject in options.subjects or SUBJECTS]
+    command = [sys.executable, "-m", "pytest", "-q", "-rfE", "-p", "no:cacheprovider", "-c", os.devnull]
+    command += [f"--rootdir={folder}", "--benchmark-columns=median,rounds", "--benchmark-sort=mean"]
+    command += [
+        f"--benchmark-json={options.out}",
+        f"--device={options.device}",
+        *(["--quick"] if options.quick else []),
+    ]
+    status = subprocess.run([*command, *(f"--peer={peer}" for peer in options.peer), *files]).returncode
+    if options.out.is_file():
+        print(f"saved {options.out}; `fastchargpt bench report {options.out}` makes a page of it")
+    return status
+
+
+def _report(words: Sequence[str]) -> int:
+    parser = _parser("bench report")
+    parser.add_argument(
+        "results", nargs="+", type=Path, metavar="FILE.json", help="one result, or two: before and after"
+    )
+    parser.add_argument("--out", type=Path, default=Path("report.html"), help="the page (default: %(default)s)")
+    options = parser.parse_args(words)
+    if len(options.results) > 2:
+        raise ConfigError(f"a report takes one or two results, not {len(options.results)}")
+    if options.out.suffix != ".html":
+        raise ConfigError(f"--out must end in .html, and it is {str(options.out)!r}")
+    from fastchargpt.bench.report import write_report
+
+    for path in write_report(options.results, options.out):
+        print(f"wrote {path}")
+    return 0
+
+
+def _compare(words: Sequence[str]) -> int:
+    parser = _parser("bench compare")
+    parser.add_argument("before", type=Path, metavar="A.json", help="the run to compare with, of the same machine")
+    parser.add_argument("after", type=Path, metavar="B.json", help="the newer run")
+    options = parser.parse_args(words)
+    from fastchargpt.bench.results import changes, load_run
+
+    before, after = load_run(options.before), load_run(options.after)
+    for name in ("device", "torch", "threads", "quick"):
+        if before.machine.get(name) != after.machine.get(name):
+            print(f"note: {name} differs: {before.machine.get(name)} and {after.machine.get(name)}")
+    found = changes(before, after)
+    if not found:
+        raise ConfigError("the two results have no contestant in common")
+    for change in found:
+        if change.verdict != "same":
+            print(f"{change.verdict} {change.ratio:.2f}x  {change.after.contest}: {change.after.contestant}")
+    slower = sum(change.verdict == "slower" for change in found)
+    faster = sum(change.verdict == "faster" for change in found)
+    print(f"{len(found)} compared: {slower} slower, {faster} faster, {len(found) - slower - faster} within noise")
+    return 1 if slower else 0
+
+
+def _parser(command: str) -> argparse.ArgumentParser:
+    return PlainParser(prog=f"fastchargpt {command}", usage=USAGE, description="Run and read the benchmarks.")

@@ -1,0 +1,113 @@
+"""Every entry of every shipped launch table compiles for its target to code that may ship (gate.py has the rules).
+
+What is compiled here on every run is what most people train with: 16-bit, head_dim 64, every kernel and target. For all
+other entries the verdict recorded in bench/results/gate.csv counts, as long as source, settings and Triton
+version are the same; whatever has no record is compiled too. FASTCHARGPT_GATE=full compiles everything.
+"""
+
+import dataclasses
+import functools
+import os
+
+import pytest
+import torch
+from aot import TARGETS
+from fastchargpt.kernels.tuning import known_archs, load_table, plan_for
+from gate import judge, launches_of
+from gate_report import RECORD, everything, key_of, read_record
+from launches import cases
+from make_tables import SHIPPED, choose
+
+FULL = os.environ.get("FASTCHARGPT_GATE") == "full"
+ENTRIES = list(everything(thorough=False))
+
+
+def name_of(item):
+    target, entry, case = item
+    config = entry.config
+    kind = (
+        str(case.dtype).removeprefix("torch.") + ("-tf32" if case.tf32 else "") + ("-dropout" if case.dropout else "")
+    )
+    length = entry.max_length or "any"
+    return f"{target}-{config.kernel}-{config.block_m}x{config.block_n}-d{entry.head_dim}-t{length}-{kind}"
+
+
+@functools.cache
+def record():
+    return read_record()
+
+
+def is_fresh(entry, case):
+    """Whether this is compiled on every run: of the dropout variants the one that needs more registers."""
+    hardest = case.dropout == any(other.dropout for other in cases(entry))
+    return FULL or (entry.dtype == "half" and entry.head_dim == 64 and hardest)
+
+
+@pytest.mark.parametrize("item", ENTRIES, ids=name_of)
+def test_entry(item):
+    target, entry, case = item
+    verdict = None if is_fresh(entry, case) else record().get(key_of(entry.config, case, target))
+    if verdict is None:
+        judgements = judge(entry.config, case, target)
+        assert judgements
+        verdict = "; ".join(problem for judgement in judgements for problem in judgement.problems) or "ok"
+    assert verdict == "ok"
+
+
+def test_the_record_is_current():
+    """Nothing shipped without a record, and no record of what is not shipped."""
+    shipped = {key_of(entry.config, case, target): name_of((target, entry, case)) for target, entry, case in ENTRIES}
+    missing = [name for key, name in shipped.items() if key not in record()]
+    stale = record().keys() - shipped.keys()
+    assert not missing, f"{len(missing)} not in {RECORD.name}, such as {missing[0]}: run python bench/gate_report.py"
+    assert not stale, f"{len(stale)} in {RECORD.name} are not shipped any more: run python bench/gate_report.py"
+
+
+def test_shipped_targets():
+    """sm_75 has no table: Triton 3.7 gives it no tensor cores (test_aot.py), so SDPA serves there."""
+    assert known_archs() == sorted(SHIPPED) == sorted(TARGETS.keys() - {"sm_75"})
+
+
+@pytest.mark.parametrize("target", SHIPPED)
+@pytest.mark.parametrize("dtype", ["half", "fp32"])
+def test_tables_serve_every_shape(target, dtype):
+    shipped = {entry.config for entry in load_table(target)}
+    for head_dim in (8, 32, 40, 64, 80, 100, 128, 256):
+        for length in (1, 17, 64, 65, 128, 256, 512, 513, 1024, 100_000):
+            for dropout in (False, True):
+                plan = plan_for(target, dtype, head_dim, length, dropout)
+                assert {plan.forward, *plan.backward} <= shipped
+                assert len(plan.backward) in (1, 2)
+                for config in plan.backward:
+                    assert config.kernel != "tile" or length <= min(config.block_m, config.block_n)
+
+
+def test_every_entry_is_launched_as_it_says():
+    """The launch of an entry carries its blocks, warps, stages and precision, and reads the strides of the model."""
+    target, entry, case = ENTRIES[0]
+    (launch,) = launches_of(entry.config, case, target)
+    assert launch.constants["BLOCK_M"] == entry.config.block_m
+    assert launch.constants["BLOCK_N"] == entry.config.block_n
+    assert launch.options["num_warps"] == entry.config.num_warps
+    assert launch.options["num_stages"] == entry.config.num_stages
+    assert launch.constants["HEAD_DIM"] == case.head_dim
+    assert launch.signature["q_ptr"] == {"bfloat16": "*bf16", "float32": "*fp32"}[str(case.dtype).split(".")[1]]
+    assert launch.constants["stride_qd"] == 1
+
+
+def test_cases_cover_what_an_entry_serves():
+    half, single = (next(e for _, e, _ in ENTRIES if e.dtype == kind and e.dropout) for kind in ("half", "fp32"))
+    assert {(case.dtype, case.dropout) for case in cases(half)} == {(torch.bfloat16, False), (torch.bfloat16, True)}
+    assert {(case.tf32, case.dropout) for case in cases(single)} == {(a, b) for a in (0, 1) for b in (0, 1)}
+    twin = dataclasses.replace(half, dropout=False)
+    assert [case.dropout for case in cases(half, (half, twin))] == [True]
+    thorough = cases(half, thorough=True)
+    assert {case.dtype for case in thorough} == {torch.bfloat16, torch.float16}
+    assert any(not case.causal for case in thorough)
+    assert any(case.kv_heads < case.heads for case in thorough)
+
+
+def test_a_table_can_be_filled_without_a_gpu():
+    (entry,) = choose("sm_90", "tile", "half", 64, 32)
+    assert entry.dropout
+    assert entry.config.block_m == entry.config.block_n == 32

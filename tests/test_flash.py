@@ -1,0 +1,100 @@
+"""The operators around the kernels: dispatch, autocast, FLOPs, describe, launches and copies."""
+
+import pytest
+import torch
+from aot import record_launches
+from fastchargpt.kernels.tuning import forced
+from flash_cases import plan_of
+from oracles import notebook_head, qkv_case, worst_error
+from strict_interpreter import strict_interpreter
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
+
+from fastchargpt.attention import causal_attention, causal_attention_packed, explain_attention
+from fastchargpt.errors import BackendUnavailableError
+
+
+@pytest.mark.parametrize(
+    ("scale", "printed"),
+    [
+        (1.0, [0.6764, -0.5477, -0.2478, 0.3143]),
+        (32**-0.5, [0.4103, -0.0919, -0.1171, -0.0358]),
+        (None, [0.4397, -0.1423, -0.1316, 0.0029]),
+    ],
+)
+def test_the_notebook_head_on_triton(scale: float | None, printed: list[float]) -> None:
+    with strict_interpreter():
+        out = causal_attention(*notebook_head(), scale=scale, backend="triton")
+    assert worst_error(out[0, 0, 1, :4], torch.tensor(printed)) < 6e-5
+    assert worst_error(out[0, 0, 0, :3], torch.tensor([-0.1571, 0.8801, 0.1615])) < 6e-5
+
+
+def test_triton_on_a_cpu_is_refused_outside_the_interpreter() -> None:
+    q, k, v = qkv_case()
+    with pytest.raises(BackendUnavailableError, match="Triton compiles for GPUs only"):
+        causal_attention(q, k, v, backend="triton")
+
+
+def test_explain_names_the_kernels() -> None:
+    q, k, v = qkv_case(tq=40)
+    with strict_interpreter(), forced(plan_of("blocks", decode=True)):
+        assert "forward tiled 16x16; backward blocks 16x16, 1 launch" in explain_attention(q, k, v, backend="triton")
+        assert "split over the keys" in explain_attention(q[:, :, :1], k, v, backend="triton")
+
+
+def test_a_training_step_is_two_launches_and_copies_nothing() -> None:
+    qkv = torch.zeros(2, 40, 3 * 2 * 32, dtype=torch.bfloat16, requires_grad=True)
+    with record_launches("sm_90") as launches, forced(plan_of("blocks")), torch.profiler.profile() as profile:
+        causal_attention_packed_on_triton(qkv).backward(torch.zeros(2, 40, 64, dtype=torch.bfloat16))
+    assert [launch.name for launch in launches] == ["attention_forward_kernel", "backward_blocks_kernel"]
+    names = {event.name for event in profile.events()}
+    assert not names & {"aten::copy_", "aten::contiguous", "aten::cat", "aten::clone"}, names
+
+
+def causal_attention_packed_on_triton(qkv: torch.Tensor) -> torch.Tensor:
+    from fastchargpt.kernels import flash
+
+    return flash.attention_packed(qkv, 2, 2, scale=0.2)
+
+
+def test_autocast_casts_the_inputs() -> None:
+    q, k, v = qkv_case(batch=1, requires_grad=True)
+    with strict_interpreter(), forced(plan_of("blocks")):
+        with torch.autocast("cpu", torch.bfloat16):
+            out = causal_attention(q, k, v, backend="triton")
+        assert out.dtype == torch.bfloat16
+        gradient = torch.autograd.grad(out.sum(), q)[0]
+    assert gradient.dtype == torch.float32
+
+
+def test_flops_are_counted_as_for_sdpa() -> None:
+    q, k, v = qkv_case(heads=2, tq=8, head_dim=16, requires_grad=True)
+    qkv = torch.randn(2, 8, 3 * 32, requires_grad=True)
+    with strict_interpreter(), forced(plan_of("blocks")):
+        counts = []
+        for attend in (
+            lambda: causal_attention(q, k, v, backend="triton"),
+            lambda: causal_attention_packed(qkv, 2, backend="triton"),
+        ):
+            with FlopCounterMode(display=False) as counter:
+                attend().sum().backward()
+            counts.append(counter.get_total_flops())
+    product = 2 * 2 * 2 * 8 * 8 * 16  # 2 flops, batch, heads, Tq, Tk, D
+    assert counts == [7 * product, 7 * product]  # two products forward, five backward
+
+
+def test_dropout_is_redrawn_by_activation_checkpointing() -> None:
+    q, k, v = qkv_case(batch=1, tq=8, requires_grad=True)
+
+    def attend(*tensors: torch.Tensor) -> torch.Tensor:
+        return causal_attention(*tensors, dropout_p=0.5, backend="triton")
+
+    with strict_interpreter(), forced(plan_of("tiled")):
+        torch.manual_seed(3)
+        once = attend(q, k, v)
+        gradients = torch.autograd.grad(once.sum(), (q, k, v))
+        torch.manual_seed(3)
+        again = checkpoint(attend, q, k, v, use_reentrant=False)
+        assert torch.equal(once, again)
+        for x, y in zip(gradients, torch.autograd.grad(again.sum(), (q, k, v)), strict=True):
+            assert torch.equal(x, y)

@@ -1,0 +1,126 @@
+"""The static speed estimate: its arithmetic on known instructions, its yardstick's gradients, its labels."""
+
+import csv
+import dataclasses
+from collections import Counter
+
+import pytest
+import torch
+from aot import Loop, Report
+from cost_model import estimate
+from oracles import worst_error
+from peaks import PEAKS
+from static_report import COLUMNS, HERE, Row, to_markdown
+from strict_interpreter import strict_interpreter
+from textbook_backward import textbook_backward
+from work_counter import LaunchWork, LoopWork
+
+
+def report_of(target="sm_80", warps=4, loops=(), **rest):
+    """A report that holds these instructions, the loops' among them."""
+    opcodes = Counter(rest)
+    for loop in loops:
+        opcodes.update(loop)
+    return Report(
+        kernel="k", target=target, registers=64, stack=0, spills=0, shared=0, tensor_memory=0, warps=warps,
+        opcodes=dict(opcodes), loops=[Loop(dict(loop)) for loop in loops], half_dots=1, loops_with_dots=len(loops),
+        slow_dots=0, tf32=False, atomics=[], narrow_products=[],
+    )  # fmt: skip
+
+
+def test_tensor_cycles_of_a_loop():
+    """64 x 64 x 64 by 4 warps on an A100 (1024 multiply-adds a clock): 32 HMMA a warp, 256 cycles a trip."""
+    report = report_of(loops=[{"HMMA.16816.F32.BF16": 32}])
+    work = LaunchWork("k", programs=108, products=Counter({(64, 64, 64): 108 * 10}), loops=[LoopWork(1080, 1080)])
+    found = estimate(report, work, heads=1, peak=PEAKS["sm_80"], matrix_loops=[0])
+    assert found.loops_matched
+    assert found.tensor_repeated == pytest.approx(1.0)
+    assert found.seconds["tensor"] == pytest.approx(10 * 256 / 1.41e9)
+    assert found.limiter == "tensor"
+    assert found.overlapped == found.seconds["tensor"]
+
+
+@pytest.mark.parametrize(
+    ("target", "opcode", "warps", "times"),
+    [
+        ("sm_90", "HGMMA.64x64x16.F32.BF16", 4, 4),
+        ("sm_100", "UTCHMMA", 4, 4),
+        ("gfx942", "v_mfma_f32_32x32x8_bf16", 4, 8),
+        ("sm_80", "HMMA.16816.F32", 8, 16),
+    ],
+)
+def test_every_targets_matrix_instruction(target, opcode, warps, times):
+    """As many as one 64 x 64 x 64 product takes: no work is repeated (sm_100 works on 128 rows whatever is asked)."""
+    report = report_of(target, warps, loops=[{opcode: times}])
+    work = LaunchWork("k", programs=1, products=Counter({(64, 64, 64): 1}), loops=[LoopWork(1, 1)])
+    found = estimate(report, work, heads=1, peak=PEAKS[target], matrix_loops=[0])
+    assert found.tensor_repeated == pytest.approx(2.0 if target == "sm_100" else 1.0)
+
+
+def test_other_units_and_dram():
+    report = report_of(**{"MUFU.EX2": 32, "LDS.128": 8, "FFMA": 16, "LOP3.LUT": 16, "SHFL.BFLY": 4, "UMOV": 100})
+    work = LaunchWork("k", programs=2, loaded=6400, stored=0, unique_loaded=1000, unique_stored=24)
+    peak = PEAKS["sm_80"]
+    found = estimate(report, work, heads=3, peak=peak, matrix_loops=[])
+    clock = peak.clock  # six programs on six multiprocessors: each does one
+    assert found.seconds["special"] == pytest.approx(32 * 128 / 16 / clock)
+    assert found.seconds["shared"] == pytest.approx(8 * 128 * 16 / 128 / clock)
+    assert found.seconds["fp32"] == pytest.approx(16 * 128 / 64 / clock)
+    assert found.seconds["alu"] == pytest.approx(16 * 128 / 64 / clock)
+    assert found.seconds["memory"] == pytest.approx(12 * 128 / 32 / clock)
+    assert found.seconds["issue"] == pytest.approx(176 * 4 / 4 / clock)
+    assert found.seconds["fill"] == pytest.approx(6400 / 64 / 2 / clock)
+    assert found.seconds["dram"] == pytest.approx(3 * 1024 / peak.dram)
+    assert found.limiter == "special"
+    assert found.serial >= found.overlapped
+
+
+def test_loops_that_the_compiler_merged_count_on_average():
+    report = report_of(loops=[{"HMMA.16816.F32": 32}])
+    work = LaunchWork(
+        "k", programs=1, products=Counter({(64, 64, 64): 4}), loops=[LoopWork(1, 1), LoopWork(0, 0), LoopWork(3, 3)]
+    )
+    found = estimate(report, work, heads=1, peak=PEAKS["sm_80"], matrix_loops=[0, 2])
+    assert not found.loops_matched
+    assert found.tensor_repeated == pytest.approx(1.0)
+
+
+def test_peaks_agree_with_the_published_tflops():
+    published = {"sm_80": 312, "sm_86": 71, "sm_89": 165.2, "sm_90": 989.4, "sm_100": 2250, "sm_120": 209.5}
+    for target, tflops in (published | {"gfx942": 1307.4}).items():
+        assert PEAKS[target].tensor_flops == pytest.approx(tflops * 1e12, rel=0.01)
+        assert str(tflops) in PEAKS[target].source or f"{tflops / 1000:.2f} P" in PEAKS[target].source
+
+
+@pytest.mark.parametrize(("n_ctx", "blocks"), [(50, (32, 16)), (64, (32, 32))])
+def test_the_textbook_backward_is_right(n_ctx, blocks):
+    """A yardstick that computed something else would be worth nothing."""
+    torch.manual_seed(0)
+    q, k, v, dout = (torch.randn(1, 2, n_ctx, 32) for _ in range(4))
+    exact = [x.double().requires_grad_() for x in (q, k, v)]
+    scores = exact[0] @ exact[1].mT * 32**-0.5
+    scores = scores.masked_fill(torch.ones(n_ctx, n_ctx).triu(1).bool(), float("-inf"))
+    out = scores.softmax(-1) @ exact[2]
+    out.backward(dout.double())
+    with strict_interpreter():
+        found = textbook_backward(q, k, v, out.detach().float(), scores.logsumexp(-1).float(), dout, blocks=blocks)
+    for gradient, x in zip(found, exact, strict=True):
+        assert worst_error(gradient, x.grad) < 2e-2  # tf32 products
+
+
+def test_every_figure_is_labelled_an_estimate():
+    row = Row(*(["x"] * (len(COLUMNS) - 1)))
+    assert row.note == "estimate"
+    assert "ESTIMATES" in to_markdown([row]).splitlines()[0]
+    path = HERE / "results" / "static.csv"
+    with path.open() as file:
+        rows = list(csv.DictReader(file))
+    assert tuple(rows[0]) == COLUMNS
+    assert all(row["note"].startswith("estimate") for row in rows)
+    assert {row["implementation"] for row in rows} >= {"fastchargpt", "textbook"}
+    assert {row["T"] for row in rows} == {"64", "128", "256", "512", "1024"}
+    assert {row["target"] for row in rows} == set(PEAKS)
+
+
+def test_reports_carry_what_the_estimate_reads():
+    assert {field.name for field in dataclasses.fields(Report)} >= {"warps", "loops", "opcodes", "target"}
