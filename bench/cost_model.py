@@ -67,6 +67,8 @@ def estimate(report: Report, work: LaunchWork, heads: int, peak: Peak, matrix_lo
     rest = Counter(report.opcodes)
     for loop in compiled:
         rest.subtract(loop.opcodes)
+    if compiled and sum(work.products.values()) == sum(loop.products for loop in work.loops):
+        rest = _without_peeled(Loop(dict(rest)), compiled)
     cycles.update({unit: work.programs * cost for unit, cost in body.cycles(Loop(dict(+rest))).items()})
     cycles["fill"] = (work.loaded + work.stored) / peak.fill_bytes
     busy = min(peak.processors, work.programs * heads)
@@ -74,6 +76,19 @@ def estimate(report: Report, work: LaunchWork, heads: int, peak: Peak, matrix_lo
     seconds["dram"] = (work.unique_loaded + work.unique_stored) * heads / peak.dram
     needed = work.multiply_adds / peak.tensor
     return Estimate(seconds, cycles["tensor"] / needed if needed else 0.0, matched)
+
+
+def _without_peeled(rest: Loop, loops: list[Loop]) -> Counter[str]:
+    """The code outside the loops, less the iterations that the compiler's software pipeline peeled off them.
+
+    They are matrix instructions outside loops in a kernel whose products all lie in loops. Their trips are counted with
+    the loop's already.
+    """
+    copies = rest.matrix_instructions / sum(loop.matrix_instructions for loop in loops)
+    left = Counter(rest.opcodes)
+    for loop in loops:
+        left.subtract({opcode: round(times * copies) for opcode, times in loop.opcodes.items()})
+    return +left
 
 
 class _Code:

@@ -78,6 +78,15 @@ def read_record(path: Path = RECORD) -> dict[str, str]:
         return {row["key"]: row["verdict"] for row in csv.DictReader(file)}
 
 
+def write_record(rows: list[Row], path: Path = RECORD) -> None:
+    """Write the record, sorted by target and kernel."""
+    path.parent.mkdir(exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(Row._fields)
+        writer.writerows(sorted({tuple(map(str, row)) for row in rows}, key=lambda fields: fields[1:]))
+
+
 @functools.cache
 def _work(config: Config, head_dim: int, dtype: object, length: int) -> tuple[float, int, int]:
     """Products, bytes moved and the fewest bytes possible, for one head."""
@@ -176,18 +185,14 @@ def main() -> int:
         keys = [key_of(entry.config, case, target) for target, entry, case in todo]
         kept = [recorded[key] for key in keys if key in recorded]
         todo = [item for item, key in zip(todo, keys, strict=True) if key not in recorded]
+    rows: list[Row] = []
     with multiprocessing.get_context("spawn").Pool(arguments.jobs) as pool:
-        rows = []
         for row in pool.imap(judge_entry, todo):
             rows.append(row)
             print(row.target, row.kernel, row.dtype, row.head_dim, row.max_length, row.dropout, row.verdict, flush=True)
+            if not arguments.thorough:
+                write_record(kept + rows)  # each time: a run that is broken off need not start again
     failed = [row for row in rows if row.verdict != "ok"]
-    if not arguments.thorough:
-        RECORD.parent.mkdir(exist_ok=True)
-        with RECORD.open("w", newline="") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(Row._fields)
-            writer.writerows(sorted({tuple(map(str, row)) for row in kept + rows}, key=lambda fields: fields[1:]))
     print(to_markdown(kept + rows))
     print(f"{len(rows)} judged, {len(kept)} kept, {len(failed)} failed", file=sys.stderr)
     return 1 if failed else 0

@@ -13,11 +13,16 @@ from fastchargpt.bench.settings import Settings
 from torch import Tensor
 
 from fastchargpt.config import GPTConfig
+from fastchargpt.engines import EngineConfig
+from fastchargpt.generation import generate_tokens
 from fastchargpt.model import GPT
+from fastchargpt.sampling import SamplingConfig
 
 __all__ = ["CONTESTANTS", "Errand", "entrants", "errands"]
 
-CONTESTANTS = ("fastchargpt", "uncached", "peer-nanogpt")
+# `fastchargpt` is what a user gets; the two after it are what that is made of
+CONTESTANTS = ("fastchargpt", "fastchargpt-no-drafts", "fastchargpt-torch", "uncached", "peer-nanogpt")
+ENGINES = {"fastchargpt-no-drafts": EngineConfig(speculate="off"), "fastchargpt-torch": EngineConfig(engine="torch")}
 PROMPT_TOKENS = 8
 
 
@@ -67,6 +72,9 @@ def entrants(errand: Errand, settings: Settings) -> dict[str, Callable[[], Conte
 def _write(name: str, model: GPT, prompt: Tensor, errand: Errand, settings: Settings) -> Callable[[], Tensor]:
     if name == "fastchargpt":
         return lambda: model.generate(prompt, errand.tokens, top_k=1)
+    if name in ENGINES:
+        greedy = SamplingConfig(max_new_tokens=errand.tokens, top_k=1)
+        return lambda: generate_tokens(model, prompt, greedy, ENGINES[name])
     if name == "uncached":
         return lambda: _uncached(model, prompt, errand.tokens)
     if "nanogpt" not in settings.peers:

@@ -242,6 +242,24 @@ def to_markdown(report: Iterable[Row]) -> str:
     return "\n".join(lines)
 
 
+def write(report: list[Row], path: Path) -> None:
+    """Write the rows as CSV, in place of those for the same targets and head_dims; others stay."""
+    new = {(row.target, str(row.head_dim)) for row in report}
+    lines = [tuple(map(str, row)) for row in report]
+    if path.exists():
+        with path.open(newline="") as file:
+            lines += [
+                tuple(row.values()) for row in csv.DictReader(file) if (row["target"], row["head_dim"]) not in new
+            ]
+    order = [COLUMNS.index(name) for name in ("target", "head_dim", "T", "direction", "implementation")]
+    lines.sort(key=lambda line: [int(line[at]) if line[at].isdigit() else line[at] for at in order])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(COLUMNS)
+        writer.writerows(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("targets", nargs="*", default=known_archs(), help="such as sm_90; default: all with a table")
@@ -249,11 +267,7 @@ def main() -> None:
     parser.add_argument("--csv", type=Path, default=HERE / "results" / "static.csv")
     arguments = parser.parse_args()
     report = list(rows(arguments.targets, arguments.head_dim))
-    arguments.csv.parent.mkdir(parents=True, exist_ok=True)
-    with arguments.csv.open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(COLUMNS)
-        writer.writerows(report)
+    write(report, arguments.csv)
     print(to_markdown(report))
 
 

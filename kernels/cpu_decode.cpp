@@ -82,10 +82,17 @@ inline float gelu(float x) {
     return x * (x < 0.0f ? tail : 1.0f - tail);
 }
 
-enum Activation { GELU = 0, RELU = 1, RELU2 = 2 };
+// GPT-2's own form, x/2 (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))), written as x times a logistic function.
+inline float gelu_tanh(float x) {
+    float z = 1.59576912f * (x + 0.044715f * x * x * x);
+    return x / (1.0f + fast_exp(-z));
+}
+
+enum Activation { GELU = 0, RELU = 1, RELU2 = 2, GELU_TANH = 3 };
 
 void activate(float* x, int n, int kind) {
     if (kind == GELU) for (int i = 0; i < n; i++) x[i] = gelu(x[i]);
+    else if (kind == GELU_TANH) for (int i = 0; i < n; i++) x[i] = gelu_tanh(x[i]);
     else for (int i = 0; i < n; i++) {
         float r = x[i] > 0.0f ? x[i] : 0.0f;
         x[i] = kind == RELU2 ? r * r : r;

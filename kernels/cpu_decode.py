@@ -30,7 +30,7 @@ __all__ = ["ACTIVATIONS", "NativeModel", "library"]
 SOURCE = Path(__file__).with_name("cpu_decode.cpp")
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-shared", "-pthread")
 # the numbers of cpu_decode.cpp's enum
-ACTIVATIONS = {"gelu": 0, "relu": 1, "relu2": 2}
+ACTIVATIONS = {"gelu": 0, "relu": 1, "relu2": 2, "gelu_tanh": 3}
 Ints = npt.NDArray[np.int32]
 Doubles = npt.NDArray[np.float64]
 

@@ -17,6 +17,7 @@ V = 17
 FAMILIES = {
     "lecture": GPTConfig.family("lecture", n_layer=2, n_head=2, n_embd=24, block_size=BLOCK, vocab_size=V),
     "nanogpt": GPTConfig.family("nanogpt", n_layer=2, n_head=3, n_embd=24, block_size=BLOCK, vocab_size=V, dropout=0.3),
+    "gpt2": GPTConfig(n_layer=2, n_head=2, n_embd=24, block_size=BLOCK, vocab_size=V, activation="gelu_tanh"),
     "modern": GPTConfig.family("modern", n_layer=3, n_head=2, n_embd=40, block_size=BLOCK, vocab_size=V),
     "grouped": GPTConfig.family(
         "modern", n_layer=2, n_head=4, n_kv_head=2, n_embd=24, block_size=BLOCK, vocab_size=V, bias=True

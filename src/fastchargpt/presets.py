@@ -76,7 +76,7 @@ PRESETS: dict[str, Preset] = {
     "modern-char-cpu": Preset(
         about="the modern family at the CPU demo's shape",
         model=GPTConfig.family("modern", **_CHAR_CPU),
-        train=TrainConfig(batch_size=12, max_iters=2000, learning_rate=2e-3, schedule="linear", min_lr=0.0),
+        train=TrainConfig(batch_size=12, max_iters=2000, learning_rate=3e-3, schedule="linear", min_lr=0.0),
     ),
     "gpt2": _gpt2("GPT-2, 124M parameters", n_layer=12, n_head=12, n_embd=768),
     "gpt2-medium": _gpt2("GPT-2, 350M parameters", n_layer=24, n_head=16, n_embd=1024),
