@@ -13,7 +13,7 @@ from fastchargpt.bench.runs import Change, Row, Run, changes, load_run, rivalrie
 
 __all__ = ["machine_lines", "to_html", "to_markdown", "write_report"]
 
-NO_GPU = "No GPU has run this yet: every figure here was measured on a CPU."
+NO_GPU = "No GPU has run this: every figure here was measured on a CPU."
 
 
 @dataclass(frozen=True)

@@ -119,7 +119,7 @@ def test_the_page(tmp_path: Path) -> None:
     assert "prefers-color-scheme: dark" in text
     table = markdown.read_text(encoding="utf-8")
     for words in (
-        "No GPU has run this yet",
+        "No GPU has run this",
         "within noise",
         "| 0.50x | slower |",
         "| 2.00x | faster |",

@@ -33,6 +33,7 @@ NEEDED = {
     "tyro": (0, 9),
 }
 OPTIONAL = {"triton": "the GPU kernels", "matplotlib": "loss.png", "pytest-benchmark": "fastchargpt bench"}
+LEGENDS = {"attention": ": (B, H, T, D), forward and backward; error against float64, 1 is the most allowed"}
 MARKS = {"ok": "ok", "note": "note", "broken": "BROKEN"}
 
 
@@ -56,7 +57,7 @@ def run(argv: Sequence[str]) -> int:
         findings.append(clean)
         if not words.json:
             if clean.section != section:
-                print(f"\n{clean.section}")
+                print(f"\n{clean.section}{LEGENDS.get(clean.section, '')}")
             section = clean.section
             print(_lines(clean), flush=True)
     broken = [finding for finding in findings if finding.status == "broken"]
