@@ -9,10 +9,10 @@ from typing import Literal, NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F
-from fastchargpt.bench.contest import Absent, Contestant
 from torch import Tensor
 
 from fastchargpt.attention import causal_attention, causal_attention_packed
+from fastchargpt.bench.contest import Absent, Contestant
 from fastchargpt.parity import attention_inputs, check_attention
 
 __all__ = ["CONTESTANTS", "PASSES", "Shape", "entrants", "floor_bytes", "flops", "shapes"]

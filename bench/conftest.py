@@ -10,7 +10,6 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the profiler that counts memor
 
 from fastchargpt.bench.contest import Contestant, Result, hold
 from fastchargpt.bench.settings import Settings, describe_run, settings_from, source_commit
-
 from fastchargpt.errors import FastchargptError
 
 Entrants = Mapping[str, Callable[[], Contestant]]

@@ -22,11 +22,12 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent / "tests")]  # run as a script: the gate's equipment lives with the tests
 
 from aot import TARGETS  # noqa: E402
-from fastchargpt.kernels.tuning import Config, Entry, known_archs, load_table  # noqa: E402
 from gate import judge, launches_of  # noqa: E402
 from launches import Case, cases, run_kernel  # noqa: E402
 from strict_interpreter import strict_interpreter  # noqa: E402
 from work_counter import WorkCounter  # noqa: E402
+
+from fastchargpt.kernels.tuning import Config, Entry, known_archs, load_table  # noqa: E402
 
 __all__ = ["RECORD", "Row", "everything", "key_of", "read_record", "to_markdown"]
 

@@ -7,11 +7,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
+
 from fastchargpt.bench.contest import Absent, Contestant
 from fastchargpt.bench.peers import nanogpt_model
 from fastchargpt.bench.settings import Settings
-from torch import Tensor
-
 from fastchargpt.config import GPTConfig
 from fastchargpt.engines import EngineConfig
 from fastchargpt.generation import generate_tokens

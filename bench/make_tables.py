@@ -19,9 +19,10 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent / "tests")]  # run as a script: the gate's equipment lives with the tests
 
 from aot import TARGETS  # noqa: E402
-from fastchargpt.kernels.tuning import Config, Entry, save_table  # noqa: E402
 from gate import judge  # noqa: E402
 from launches import cases  # noqa: E402
+
+from fastchargpt.kernels.tuning import Config, Entry, save_table  # noqa: E402
 
 __all__ = ["HEAD_DIMS", "SHIPPED", "choose", "slots"]
 

@@ -8,9 +8,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from fastchargpt.bench.contest import Absent
 from torch import nn
 
+from fastchargpt.bench.contest import Absent
 from fastchargpt.config import GPTConfig
 
 __all__ = ["lecture_model", "nanogpt_model"]

@@ -28,13 +28,14 @@ sys.path[:0] = [str(HERE), str(HERE.parent / "tests")]  # run as a script: the g
 
 from aot import compile_launch, record_launches  # noqa: E402
 from cost_model import LAUNCH_SECONDS, Estimate, estimate  # noqa: E402
-from fastchargpt.kernels.tuning import Config, known_archs, plan_for  # noqa: E402
 from gate import problems  # noqa: E402
 from launches import Case, run_backward, run_kernel  # noqa: E402
 from peaks import PEAKS  # noqa: E402
 from strict_interpreter import strict_interpreter  # noqa: E402
 from textbook_backward import textbook_backward  # noqa: E402
 from work_counter import LaunchWork, WorkCounter  # noqa: E402
+
+from fastchargpt.kernels.tuning import Config, known_archs, plan_for  # noqa: E402
 
 __all__ = ["COLUMNS", "Row", "rows", "to_markdown"]
 

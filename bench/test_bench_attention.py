@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from fastchargpt.bench.attention import CONTESTANTS, PASSES, entrants, shapes
 from fastchargpt.bench.settings import Settings, settings_from
 

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from fastchargpt.bench.contest import Contestant
-from fastchargpt.bench.settings import Settings
 from torch import Tensor
 
 from fastchargpt.batches import TokenBatches
+from fastchargpt.bench.contest import Contestant
+from fastchargpt.bench.settings import Settings
 
 SIZES = [(12, 64), (64, 256)]
 TOKENS = 1_000_000

@@ -3,6 +3,7 @@
 from typing import Any
 
 import pytest
+
 from fastchargpt.bench.generation import CONTESTANTS, entrants, errands
 from fastchargpt.bench.settings import Settings, settings_from
 

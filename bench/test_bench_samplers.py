@@ -5,9 +5,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+
 from fastchargpt.bench.contest import Contestant
 from fastchargpt.bench.settings import Settings
-from torch import Tensor
 
 # knobs of SamplingConfig; `plain` is softmax and multinomial, written here
 KNOBS: dict[str, dict[str, Any]] = {

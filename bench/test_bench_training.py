@@ -3,6 +3,7 @@
 from typing import Any
 
 import pytest
+
 from fastchargpt.bench.settings import Settings, settings_from
 from fastchargpt.bench.training import contestants, entrants, works
 

@@ -9,11 +9,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor, nn
+
 from fastchargpt.bench.contest import Absent, Contestant
 from fastchargpt.bench.peers import lecture_model, nanogpt_model
 from fastchargpt.bench.settings import Settings
-from torch import Tensor, nn
-
 from fastchargpt.config import Family, GPTConfig
 from fastchargpt.errors import BackendUnavailableError
 from fastchargpt.model import GPT

@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .flash_backward import delta_of_rows, dkdv_of_block, dq_of_block, lse_of_rows
+from .backward_steps import delta_of_rows, dkdv_of_block, dq_of_block, lse_of_rows
 from .launch import LaunchArguments
 from .philox_tile import keep_tile
 from .tiles import causal_mask, exponent, exponential, head_pointer, load_rows, load_tile, store_tile

@@ -4,10 +4,11 @@ import dataclasses
 import random
 
 import torch
-from fastchargpt.kernels import flash, naive
-from fastchargpt.kernels.tuning import Config, Plan, forced
 from oracles import worst_error
 from strict_interpreter import strict_interpreter
+
+from fastchargpt.kernels import flash, naive
+from fastchargpt.kernels.tuning import Config, Plan, forced
 
 __all__ = ["DTYPES", "PLANS", "Case", "inputs", "judge", "lay_out", "plan_of", "random_case"]
 

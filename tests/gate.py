@@ -3,8 +3,9 @@
 from typing import NamedTuple
 
 from aot import TARGETS, Launch, Report, compile_launch, record_launches
-from fastchargpt.kernels.tuning import Config
 from launches import Case, run_kernel
+
+from fastchargpt.kernels.tuning import Config
 
 __all__ = ["TENSOR_MEMORY_COLUMNS", "Judgement", "judge", "launches_of", "problems"]
 

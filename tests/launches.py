@@ -8,6 +8,7 @@ import dataclasses
 from collections.abc import Iterable
 
 import torch
+
 from fastchargpt.kernels import flash_backward, flash_decode, flash_forward, flash_short
 from fastchargpt.kernels.launch import launch_arguments
 from fastchargpt.kernels.tuning import Config, Entry

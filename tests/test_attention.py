@@ -6,12 +6,12 @@ import warnings
 
 import pytest
 import torch
-from fastchargpt.kernels import availability
 from oracles import notebook_head, qkv_case, worst_error
 
 import fastchargpt.attention as attention
 from fastchargpt.attention import causal_attention, causal_attention_packed, choose_backend, explain_attention
 from fastchargpt.errors import AttentionError, BackendUnavailableError, FastchargptError
+from fastchargpt.kernels import availability
 
 ON_CPU = ("auto", "sdpa", "naive")
 

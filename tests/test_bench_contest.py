@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+
 from fastchargpt.bench import attention, contest, generation, peers, settings, training
 from fastchargpt.bench.contest import Absent, Contestant, Result, hold, peak_memory
 from fastchargpt.bench.runs import load_run, rivalries
 from fastchargpt.bench.settings import Settings
-from fastchargpt.kernels import sdpa
-
 from fastchargpt.cli.main import main
 from fastchargpt.config import GPTConfig
+from fastchargpt.kernels import sdpa
 
 CPU = torch.device("cpu")
 TINY = GPTConfig(vocab_size=11, block_size=8, n_layer=1, n_head=2, n_embd=16, bias=False)

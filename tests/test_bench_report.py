@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from fastchargpt.bench.charts import chart
 from fastchargpt.bench.report import to_html, to_markdown, write_report
 from fastchargpt.bench.runs import Row, Run, changes, load_run, rivalries
-
 from fastchargpt.cli.main import main
 from fastchargpt.errors import ConfigError
 

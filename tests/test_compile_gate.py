@@ -11,11 +11,12 @@ import os
 import pytest
 import torch
 from aot import TARGETS
-from fastchargpt.kernels.tuning import Config, Entry, known_archs
 from gate import judge, launches_of
 from gate_report import RECORD, everything, key_of, read_record
 from launches import cases
 from make_tables import SHIPPED, choose
+
+from fastchargpt.kernels.tuning import Config, Entry, known_archs
 
 FULL = os.environ.get("FASTCHARGPT_GATE") == "full"
 ENTRIES = list(everything(thorough=False))

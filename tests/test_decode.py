@@ -4,11 +4,11 @@ import dataclasses
 
 import pytest
 import torch
-from fastchargpt.kernels.cpu_decode import library
 
 from fastchargpt import GPT, GPTConfig
 from fastchargpt.decode import DecodeSession, TorchEngine, resolve_context
 from fastchargpt.errors import SamplingError
+from fastchargpt.kernels.cpu_decode import library
 from fastchargpt.layers import rope_tables
 from fastchargpt.native import NativeEngine, native_problem
 

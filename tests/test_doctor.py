@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from fastchargpt.kernels import sdpa
 
 from fastchargpt import diagnosis, doctor
 from fastchargpt.cli.main import main
 from fastchargpt.errors import ConfigError
 from fastchargpt.finding import Finding
+from fastchargpt.kernels import sdpa
 from fastchargpt.parity import attention_inputs, check_attention
 from fastchargpt.roofline import Roof
 

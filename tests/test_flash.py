@@ -3,7 +3,6 @@
 import pytest
 import torch
 from aot import record_launches
-from fastchargpt.kernels.tuning import forced
 from flash_cases import plan_of
 from oracles import notebook_head, qkv_case, worst_error
 from strict_interpreter import strict_interpreter
@@ -12,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fastchargpt.attention import causal_attention, causal_attention_packed, explain_attention
 from fastchargpt.errors import BackendUnavailableError
+from fastchargpt.kernels.tuning import forced
 
 
 @pytest.mark.parametrize(

@@ -3,11 +3,12 @@
 import pytest
 import torch
 from aot import record_launches
-from fastchargpt.kernels import flash, flash_decode, naive
-from fastchargpt.kernels.tuning import forced
 from flash_cases import Case, judge, plan_of
 from oracles import qkv_case, worst_error
 from strict_interpreter import strict_interpreter
+
+from fastchargpt.kernels import flash, flash_decode, naive
+from fastchargpt.kernels.tuning import forced
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from fastchargpt.kernels import naive
 from oracles import worst_error
 
 from fastchargpt.attention import causal_attention, causal_attention_packed, explain_attention
+from fastchargpt.kernels import naive
 
 pytestmark = [
     pytest.mark.gpu,

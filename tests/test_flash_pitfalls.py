@@ -6,10 +6,6 @@ import warnings
 import pytest
 import torch
 from aot import compile_launch, record_launches
-from fastchargpt.kernels import flash, flash_backward, flash_forward, flash_short, naive
-from fastchargpt.kernels.launch import launch_arguments
-from fastchargpt.kernels.philox import draw_seed, keep_mask, keep_probability
-from fastchargpt.kernels.tuning import forced
 from flash_cases import PLANS, Case, inputs, judge, lay_out, plan_of
 from oracles import qkv_case, worst_error
 from strict_interpreter import strict_interpreter, with_margins
@@ -17,6 +13,10 @@ from torch.utils.checkpoint import checkpoint
 
 from fastchargpt.attention import causal_attention, causal_attention_packed
 from fastchargpt.errors import AttentionError
+from fastchargpt.kernels import flash, flash_backward, flash_forward, flash_short, naive
+from fastchargpt.kernels.launch import launch_arguments
+from fastchargpt.kernels.philox import draw_seed, keep_mask, keep_probability
+from fastchargpt.kernels.tuning import forced
 
 every_plan = pytest.mark.parametrize("plan", PLANS)
 

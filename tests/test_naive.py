@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from oracles import attention_by_definition, notebook_head, qkv_case, worst_error
+
 from fastchargpt.kernels import naive
 from fastchargpt.kernels.philox import keep_mask, keep_probability
-from oracles import attention_by_definition, notebook_head, qkv_case, worst_error
 
 SHAPES = [
     # heads, kv_heads, tq, tk, head_dim

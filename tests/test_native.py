@@ -7,7 +7,6 @@ import warnings
 
 import pytest
 import torch
-from fastchargpt.kernels import cpu_decode
 from test_decode import BLOCK, FAMILIES, V, make_model
 
 from fastchargpt import GPT, GPTConfig
@@ -17,6 +16,7 @@ from fastchargpt.decode import TorchEngine
 from fastchargpt.engines import EngineConfig, make_engine
 from fastchargpt.errors import BackendUnavailableError, SamplingError
 from fastchargpt.generation import generate_tokens
+from fastchargpt.kernels import cpu_decode
 from fastchargpt.native import NativeEngine, native_problem
 from fastchargpt.sampling import Sampler, SamplingConfig
 

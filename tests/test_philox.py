@@ -4,9 +4,10 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from strict_interpreter import strict_interpreter
+
 from fastchargpt.kernels import philox
 from fastchargpt.kernels.philox_tile import keep_tile
-from strict_interpreter import strict_interpreter
 
 
 @triton.jit

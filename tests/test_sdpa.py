@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from fastchargpt.kernels import naive, sdpa
 from oracles import qkv_case, worst_error
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastchargpt.kernels import naive, sdpa
 
 SHAPES = [
     # heads, kv_heads, tq, tk, head_dim

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from fastchargpt.kernels import tuning
-from fastchargpt.kernels.tuning import Config, Entry, known_archs, load_table, plan_for, save_table, widest_head
 
 from fastchargpt.errors import ConfigError
+from fastchargpt.kernels import tuning
+from fastchargpt.kernels.tuning import Config, Entry, known_archs, load_table, plan_for, save_table, widest_head
 
 HEAD_DIMS = (8, 16, 59, 64, 128)
 

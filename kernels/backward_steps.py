@@ -1,0 +1,267 @@
+"""What the backward kernels are made of: delta and the log-sum-exp of some rows, dq of a block, dk and dv of a block.
+
+The tiled kernels (flash_backward.py) and the one-launch kernel (flash_short.py) differ only in how many of these a
+program does. The probabilities are recomputed from the saved log-sum-exp. Source: Dao et al., "FlashAttention" (2022),
+appendix B.
+"""
+
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"
+# (a kernel is Triton's language in Python's grammar: its arguments have no Python types)
+import triton
+import triton.language as tl
+
+from .philox_tile import keep_tile
+from .tiles import causal_mask, exponent, exponential, load_rows, load_tile
+
+__all__ = ["delta_of_rows", "dkdv_of_block", "dq_of_block", "lse_of_rows"]
+
+
+@triton.jit
+def delta_of_rows(out, dout, dlse_head, start_m, tq, BLOCK_M: tl.constexpr, HAS_DLSE: tl.constexpr):
+    """sum(out * dout) - dlse of each row, [BLOCK_M]."""
+    delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)
+    if HAS_DLSE:
+        delta -= load_rows(dlse_head, start_m, tq, 0.0, BLOCK_M)
+    return delta
+
+
+@triton.jit
+def lse_of_rows(lse_head, start_m, tq, like, BLOCK_M: tl.constexpr):
+    """The rows' log-sum-exp as exponents, [BLOCK_M], +inf (probability 0) for rows not there or that see nothing."""
+    lse = load_rows(lse_head, start_m, tq, float("inf"), BLOCK_M)
+    return tl.where(lse == float("-inf"), float("inf"), exponent(lse, like))
+
+
+@triton.jit
+def _dq_step(
+    dq,  # [BLOCK_M, BLOCK_D]
+    q,
+    dout,
+    lse,  # [BLOCK_M]
+    delta,
+    k_head,
+    v_head,
+    seed_ptr,
+    batch,
+    head,
+    start_m,
+    n,
+    stride_kt,
+    stride_kd,
+    stride_vt,
+    stride_vd,
+    tq,
+    tk,
+    scale,  # by which scores become exponents
+    threshold,
+    keep_scale,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    MASKED: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """One block of keys, n .. n + BLOCK_N."""
+    k = load_tile(k_head, n, stride_kt, stride_kd, tk, BLOCK_N, HEAD_DIM, BLOCK_D, MASKED)
+    v = load_tile(v_head, n, stride_vt, stride_vd, tk, BLOCK_N, HEAD_DIM, BLOCK_D, MASKED)
+    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
+    p = exponential(scores * scale - lse[:, None], q)
+    if MASKED:
+        if CAUSAL:
+            p = tl.where(causal_mask(start_m, n, tk - tq, BLOCK_M, BLOCK_N), p, 0.0)
+        else:
+            p = tl.where((tl.arange(0, BLOCK_N) < tk - n)[None, :], p, 0.0)
+    dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
+    if DROPOUT:
+        keep = keep_tile(seed_ptr, batch, head, start_m, n, threshold, BLOCK_M, BLOCK_N)
+        dp = tl.where(keep, dp * keep_scale, 0.0)
+    ds = p * (dp - delta[:, None])
+    return tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
+
+
+@triton.jit
+def dq_of_block(
+    q,
+    dout,
+    lse,
+    delta,
+    k_head,
+    v_head,
+    seed_ptr,
+    batch,
+    head,
+    start_m,
+    stride_kt,
+    stride_kd,
+    stride_vt,
+    stride_vd,
+    tq,
+    tk,
+    scale,  # by which scores become exponents
+    threshold,
+    keep_scale,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """dq / scale of a block of queries, [BLOCK_M, BLOCK_D]."""
+    dq = tl.zeros((BLOCK_M, BLOCK_D), dtype=tl.float32)
+    if CAUSAL:
+        end = tl.minimum(tk, start_m + BLOCK_M + tk - tq)
+        full = tl.minimum(tk, tl.maximum(0, start_m + 1 + tk - tq)) // BLOCK_N * BLOCK_N
+    else:
+        end = tk
+        full = tk // BLOCK_N * BLOCK_N
+    for n in range(0, full, BLOCK_N):
+        dq = _dq_step(
+            dq, q, dout, lse, delta, k_head, v_head, seed_ptr, batch, head, start_m, n,
+            stride_kt, stride_kd, stride_vt, stride_vd, tq, tk, scale, threshold, keep_scale,
+            HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, CAUSAL, False, DROPOUT, PRECISION,
+        )  # fmt: skip
+    for n in range(full, end, BLOCK_N):
+        dq = _dq_step(
+            dq, q, dout, lse, delta, k_head, v_head, seed_ptr, batch, head, start_m, n,
+            stride_kt, stride_kd, stride_vt, stride_vd, tq, tk, scale, threshold, keep_scale,
+            HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, CAUSAL, True, DROPOUT, PRECISION,
+        )  # fmt: skip
+    return dq
+
+
+@triton.jit
+def _dkdv_step(
+    dk,  # [BLOCK_N, BLOCK_D]
+    dv,
+    k,
+    v,
+    q_head,
+    dout_head,
+    out_head,
+    lse_head,
+    delta_head,
+    dlse_head,
+    seed_ptr,
+    batch,
+    head,
+    start_n,
+    m,
+    stride_qt,
+    stride_qd,
+    stride_dot,
+    stride_dod,
+    stride_ot,
+    stride_od,
+    tq,
+    tk,
+    scale,  # by which scores become exponents
+    threshold,
+    keep_scale,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    MASKED: tl.constexpr,
+    NEGATE: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    INLINE_DELTA: tl.constexpr,
+    HAS_DLSE: tl.constexpr,
+):
+    """One block of queries, m .. m + BLOCK_M; the scores are held transposed, keys first."""
+    q = load_tile(q_head, m, stride_qt, stride_qd, tq, BLOCK_M, HEAD_DIM, BLOCK_D, True)
+    if NEGATE:
+        q = -q
+    dout = load_tile(dout_head, m, stride_dot, stride_dod, tq, BLOCK_M, HEAD_DIM, BLOCK_D, True)
+    lse = lse_of_rows(lse_head, m, tq, q, BLOCK_M)
+    if INLINE_DELTA:
+        out = load_tile(out_head, m, stride_ot, stride_od, tq, BLOCK_M, HEAD_DIM, BLOCK_D, True)
+        delta = delta_of_rows(out, dout, dlse_head, m, tq, BLOCK_M, HAS_DLSE)
+    else:
+        delta = load_rows(delta_head, m, tq, 0.0, BLOCK_M)
+    scores_t = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
+    p_t = exponential(scores_t * scale - lse[None, :], q)
+    if MASKED:
+        # key <= row + tk - tq
+        last_seen = tl.arange(0, BLOCK_M) + (m + tk - tq - start_n)
+        p_t = tl.where(last_seen[None, :] >= tl.arange(0, BLOCK_N)[:, None], p_t, 0.0)
+    dp_t = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
+    if DROPOUT:
+        keep_t = tl.trans(keep_tile(seed_ptr, batch, head, m, start_n, threshold, BLOCK_M, BLOCK_N))
+        dropped_t = tl.where(keep_t, p_t * keep_scale, 0.0)
+        dp_t = tl.where(keep_t, dp_t * keep_scale, 0.0)
+        dv = tl.dot(dropped_t.to(dout.dtype), dout, dv, input_precision=PRECISION)
+    else:
+        dv = tl.dot(p_t.to(dout.dtype), dout, dv, input_precision=PRECISION)
+    ds_t = p_t * (dp_t - delta[None, :])
+    dk = tl.dot(ds_t.to(q.dtype), q, dk, input_precision=PRECISION)
+    return dk, dv
+
+
+@triton.jit
+def dkdv_of_block(
+    dk,
+    dv,
+    k,
+    v,
+    q_head,
+    dout_head,
+    out_head,
+    lse_head,
+    delta_head,
+    dlse_head,
+    seed_ptr,
+    batch,
+    head,
+    start_n,
+    stride_qt,
+    stride_qd,
+    stride_dot,
+    stride_dod,
+    stride_ot,
+    stride_od,
+    tq,
+    tk,
+    scale,  # by which scores become exponents
+    threshold,
+    keep_scale,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    NEGATE: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    INLINE_DELTA: tl.constexpr,
+    HAS_DLSE: tl.constexpr,
+):
+    """Add one query head's part to dk / |scale| and dv of a block of keys, [BLOCK_N, BLOCK_D]."""
+    if CAUSAL:
+        # From the first row that sees the first key, to the first from which on every row sees the last one.
+        begin = tl.maximum(0, start_n - (tk - tq)) // BLOCK_M * BLOCK_M
+        full = tl.cdiv(tl.maximum(0, start_n + BLOCK_N - 1 - (tk - tq)), BLOCK_M) * BLOCK_M
+        full = tl.minimum(full, tl.cdiv(tq, BLOCK_M) * BLOCK_M)
+        for m in range(begin, full, BLOCK_M):
+            dk, dv = _dkdv_step(
+                dk, dv, k, v, q_head, dout_head, out_head, lse_head, delta_head, dlse_head, seed_ptr, batch, head,
+                start_n, m, stride_qt, stride_qd, stride_dot, stride_dod, stride_ot, stride_od, tq, tk,
+                scale, threshold, keep_scale, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, CAUSAL, True, NEGATE, DROPOUT,
+                PRECISION, INLINE_DELTA, HAS_DLSE,
+            )  # fmt: skip
+    else:
+        full = 0
+    for m in range(full, tq, BLOCK_M):
+        dk, dv = _dkdv_step(
+            dk, dv, k, v, q_head, dout_head, out_head, lse_head, delta_head, dlse_head, seed_ptr, batch, head,
+            start_n, m, stride_qt, stride_qd, stride_dot, stride_dod, stride_ot, stride_od, tq, tk,
+            scale, threshold, keep_scale, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, CAUSAL, False, NEGATE, DROPOUT,
+            PRECISION, INLINE_DELTA, HAS_DLSE,
+        )  # fmt: skip
+    return dk, dv
