@@ -7,7 +7,7 @@ SETUP  := pyproject.toml setup.py constraints.txt
 OUT    ?= out/demo
 ARGS   ?=
 
-.PHONY: help train test test-gpu lint types bench bench-compare clean
+.PHONY: help train test test-gpu soak lint types bench bench-compare clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -21,6 +21,12 @@ test: $(VENV)/.installed-dev  ## the whole test suite
 
 test-gpu: $(VENV)/.installed-dev  ## the tests that need a GPU
 	$(BIN)/python -m pytest -m gpu $(ARGS)
+
+KILLS  ?= 50
+INPUTS ?= 100000
+soak: $(VENV)/.installed-dev  ## the long form of the reliability tests: KILLS kills of each of five runs, INPUTS hostile files
+	FASTCHARGPT_SOAK_KILLS=$(KILLS) FASTCHARGPT_FUZZ=$(INPUTS) \
+		$(BIN)/python -m pytest -s -q tests/test_kills.py tests/test_fuzz.py $(ARGS)
 
 lint: $(VENV)/.installed-dev types  ## ruff and mypy --strict
 	$(BIN)/ruff check .

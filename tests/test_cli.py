@@ -61,6 +61,7 @@ def test_train_sample_eval(trained: Path, capsys: pytest.CaptureFixture[str]) ->
         ".lock",
         "best",
         "last",
+        "last.old",
         "loss.png",
         "metrics.jsonl",
         "sample.txt",
@@ -130,6 +131,32 @@ def test_resume_needs_no_flags(text: Path, tmp_path: Path, capsys: pytest.Captur
     assert "at step 20" in said
     assert "finished after 30 steps" in said
     assert [row["step"] for row in read_metrics(Path(out) / "metrics.jsonl") if "val_loss" in row] == [0, 10, 20, 30]
+
+
+@pytest.mark.parametrize("name", ["trainer.pt", "config.json"])
+def test_resume_from_the_save_before_a_damaged_one(
+    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    assert train(text, "--out-dir", str(whole)) == 0
+    assert train(text, "--out-dir", str(out)) == 0
+    data = bytearray((out / "last" / name).read_bytes())
+    data[len(data) // 2] ^= 1
+    (out / "last" / name).write_bytes(data)
+    capsys.readouterr()
+    assert main(["train", "--resume", "--out-dir", str(out)]) == 0
+    said = capsys.readouterr().out
+    assert str(out / "last" / name) in said
+    assert f"going on from the save before it, of step 10 (the damaged one is kept as {out / 'last'}.damaged)" in said
+    assert f"resumed from {out / 'last'} at step 10" in said
+    figures = [
+        [(row["step"], row.get("loss"), row.get("val_loss")) for row in read_metrics(folder / "metrics.jsonl")]
+        for folder in (whole, out)
+    ]
+    assert figures[0] == figures[1]  # the steps that were lost are taken again, bit for bit
+    assert (out / "last" / "model.safetensors").read_bytes() == (whole / "last" / "model.safetensors").read_bytes()
+    assert train(text, "--out-dir", str(out), "--overwrite") == 0
+    assert not (out / "last.damaged").exists()
 
 
 def test_bpe_and_byte_models(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -149,6 +149,19 @@ def test_a_folder_that_transformers_saved(tmp_path: Path) -> None:
     torch.testing.assert_close(load(tmp_path / "ours-old")[0](x, x)[0], theirs(x).logits, rtol=0, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:the native decoder:RuntimeWarning")
+@pytest.mark.parametrize("name", sorted(CONFIGS))
+def test_what_came_in_generates(name: str, tmp_path: Path) -> None:
+    # every kind of model that a conversion can give, through whichever decoder serves it
+    convert(put(name, "safetensors", tmp_path), tmp_path / "ours")
+    model = load(tmp_path / "ours")[0]
+    idx = torch.zeros(1, 1, dtype=torch.int64)
+    found, expected = model.generate(idx, 8, temperature=0.0), idx
+    for _ in range(8):
+        expected = torch.cat((expected, model(expected)[0][:, -1].argmax(-1, keepdim=True)), dim=1)
+    assert torch.equal(found, expected)
+
+
 def test_from_pretrained_downloads_a_name(monkeypatch: pytest.MonkeyPatch) -> None:
     transformers = peer("transformers")
     from fastchargpt.integrations.gpt2 import read_gpt2
@@ -489,6 +502,8 @@ def test_nothing_is_left_of_a_failed_conversion(tmp_path: Path, monkeypatch: pyt
         patch.setattr(core, "write", spoil)
         with pytest.raises(CheckpointError, match=r"differ by .* nothing was written"):
             convert(source, tmp_path / "out", check=True)
+
+    assert [path.name for path in tmp_path.iterdir()] == [source.name]
 
     def fail(*_: Any, **__: Any) -> None:
         raise OSError(28, os.strerror(28))

@@ -124,6 +124,64 @@ def test_a_wrong_file_in_the_data_folder_is_named(tmp_path: Path, monkeypatch: p
         load_corpus("shakespeare", data_dir=tmp_path / "none")
 
 
+def test_offline_no_command_opens_a_socket(tmp_path: Path) -> None:
+    # an audit hook sees every socket, whichever library opens it
+    program = """
+import os, sys
+events = []
+def watch(event, _):
+    if event.startswith("socket."):
+        events.append(event)
+        raise OSError("no network in this test")
+sys.addaudithook(watch)
+from fastchargpt.cli import main
+from fastchargpt.corpus import load_corpus
+tiny = ["--n_layer=1", "--n_head=1", "--n_embd=8", "--block_size=8", "--max_iters=1", "--device=cpu", "--eval_iters=1"]
+assert main(["train", "--data=shakespeare", *tiny, "--out-dir", "none"]) == 2
+assert main(["train", "--data", "text.txt", *tiny, "--out-dir", "out"]) == 0
+assert main(["sample", "out", "--max_new_tokens=2"]) == 0
+load_corpus("auto")
+assert not events, events
+os.environ["FASTCHARGPT_OFFLINE"] = "0"
+load_corpus("auto")
+assert events  # the hook does see the attempt where downloads are on
+"""
+    (tmp_path / "text.txt").write_text("to be, or not to be " * 20, encoding="utf-8")
+    environment = {**os.environ, "FASTCHARGPT_OFFLINE": "1", "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    environment.pop("FASTCHARGPT_DATA_DIR", None)
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_what_killed_downloads_left_is_swept_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = tmp_path / "cache"
+    monkeypatch.setattr(downloads, "cache_dir", lambda: cache)
+    downloads.sweep_cache()  # no cache yet
+    old = time.time() - 2 * downloads.STALE_SECONDS
+    for folder in ("building-dead", "building-alive", "tokens-1"):
+        (cache / folder).mkdir(parents=True)
+    for name in (
+        "tmpdead",
+        "tmpalive",
+        "building-dead/train.bin",
+        "building-alive/train.bin",
+        "enwik8.zip",
+        "tokens-1/x",
+    ):
+        write(cache / name, "x")
+    for path in [*cache.iterdir(), cache / "building-dead" / "train.bin"]:
+        os.utime(path, (old, old))
+    os.utime(cache / "tmpalive")  # written to just now; of building-alive a file in it is
+    (tmp_path / "precious").mkdir()
+    (cache / "tmplink").symlink_to(tmp_path / "precious")
+    os.utime(cache / "tmplink", (old, old), follow_symlinks=False)
+    os.utime(tmp_path / "precious", (old, old))
+    downloads.sweep_cache()
+    assert sorted(path.name for path in cache.iterdir()) == ["building-alive", "enwik8.zip", "tmpalive", "tokens-1"]
+    assert (tmp_path / "precious").is_dir()
+
+
 # --- downloads, from a server on this machine ---------------------------------------------------------------------
 
 

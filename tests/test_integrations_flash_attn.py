@@ -109,6 +109,17 @@ def test_kvcache_without_new_keys() -> None:
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("window", [(-1, -1), (2, 1)])
+def test_kvcache_rows_of_different_lengths_seen_both_ways(window: tuple[int, int]) -> None:
+    k_cache, v_cache, q = tensor(2, 6, 2, 8), tensor(2, 6, 2, 8, seed=1), tensor(2, 2, 2, 8, seed=2)
+    seqlens = torch.tensor([5, 2], dtype=torch.int32)
+    found = flash_attn_with_kvcache(q, k_cache, v_cache, cache_seqlens=seqlens, causal=False, window_size=window)
+    for row, end in enumerate((5, 2)):
+        seen = slice(row, row + 1), slice(0, end)
+        expected = definition(q[row : row + 1], k_cache[seen], v_cache[seen], causal=False, window=window)
+        torch.testing.assert_close(found[row : row + 1], expected, rtol=0, atol=1e-12)
+
+
 def test_decoding_equals_one_pass() -> None:
     # how a project written for flash-attn decodes: prefill, then token by token
     q, k, v = (tensor(2, 9, 2, 8, seed=s) for s in range(3))

@@ -6,6 +6,7 @@ above a field is its help text.
 
 import dataclasses
 import math
+import reprlib
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
@@ -19,6 +20,10 @@ IGNORE_INDEX = -1
 Family = Literal["lecture", "nanogpt", "modern"]
 C = TypeVar("C", "GPTConfig", "TrainConfig")
 
+# a value in an error message, however long or deep it is
+SHOWN = reprlib.Repr()
+SHOWN.maxstring = SHOWN.maxother = 60
+
 
 def _check(condition: bool, sentence: str) -> None:
     if not condition:
@@ -31,28 +36,29 @@ def _check_types(config: Any) -> None:
     for field in dataclasses.fields(config):
         value, hint = getattr(config, field.name), hints[field.name]
         allowed = get_args(hint) if get_origin(hint) not in (None, Literal) else (hint,)
+        shown = SHOWN.repr(value)
         choices = [choice for kind in allowed if get_origin(kind) is Literal for choice in get_args(kind)]
         if value is None and type(None) in allowed:
             continue
         if choices and float not in allowed and int not in allowed:
             known = ", ".join(map(str, choices))
-            _check(
-                value in choices, f"{field.name} must be one of {known}, not {value!r}{nearest(str(value), choices)}"
-            )
+            close = nearest(value, choices) if isinstance(value, str) else ""
+            _check(value in choices, f"{field.name} must be one of {known}, not {shown}{close}")
         elif bool in allowed:
-            _check(isinstance(value, bool), f"{field.name} must be True or False, not {value!r}")
+            _check(isinstance(value, bool), f"{field.name} must be True or False, not {shown}")
         elif float in allowed:
             _check(
-                isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value),
-                f"{field.name} must be a finite number, not {value!r}",
+                (isinstance(value, float) and math.isfinite(value)) or _is_int64(value),
+                f"{field.name} must be a finite number, not {shown}",
             )
         elif int in allowed:
-            _check(
-                isinstance(value, int) and not isinstance(value, bool),
-                f"{field.name} must be a whole number, not {value!r}",
-            )
+            _check(_is_int64(value), f"{field.name} must be a whole number of 64 bits, not {shown}")
         elif str in allowed:
-            _check(isinstance(value, str), f"{field.name} must be text, not {value!r}")
+            _check(isinstance(value, str), f"{field.name} must be text, not {shown}")
+
+
+def _is_int64(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and -(2**63) <= value < 2**63
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -269,5 +275,5 @@ def config_from_dict(cls: type[C], fields: dict[str, Any]) -> C:
     known = [field.name for field in dataclasses.fields(cls)]
     for name in fields:
         if name not in known:
-            raise ConfigError(f"{cls.__name__} has no field {name!r}{nearest(name, known)}")
+            raise ConfigError(f"{cls.__name__} has no field {SHOWN.repr(name)}{nearest(name, known)}")
     return cls(**fields)

@@ -4,8 +4,8 @@ import contextlib
 import hashlib
 import io
 import os
-import socket
 import shutil
+import socket
 import sys
 import threading
 import time

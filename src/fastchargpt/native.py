@@ -31,6 +31,8 @@ def native_problem(model: GPT) -> str | None:
         return f"the native decoder is for CPUs, and the model is on {weight.device}"
     if weight.dtype != torch.float32:
         return f"the native decoder is for float32, and the model is {str(weight.dtype).removeprefix('torch.')}"
+    if model.config.activation not in ACTIVATIONS:
+        return f"the native decoder has no {model.config.activation}"
     try:
         library()
     except BackendUnavailableError as error:

@@ -188,9 +188,18 @@ class TrainStep:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a state that `state_dict` gave."""
-        self.iteration = state["iteration"]
+        """Go on from a state that `state_dict` gave.
+
+        Raises:
+            KeyError, TypeError, ValueError: it is another optimiser's, or another model's.
+        """
         self.optimizer.load_state_dict(state["optimizer"])
+        for parameter, kept in self.optimizer.state.items():
+            for name, value in kept.items():
+                moment = name in ("exp_avg", "exp_avg_sq")
+                if moment and not (isinstance(value, Tensor) and value.shape == parameter.shape):
+                    raise ValueError(f"the optimiser's {name} is not of its parameter's shape")
+        self.iteration = int(state["iteration"])
         self._scaler.load_state_dict(state["scaler"])
 
 

@@ -327,7 +327,7 @@ class Trainer:
         try:
             self.model.load_state_dict(checkpoint.weights)
             self._load_state(state)
-        except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
+        except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError, RuntimeError) as error:
             if isinstance(error, FastchargptError):
                 raise
             reason = str(error).splitlines()[0][:120] if str(error) else "no reason given"
@@ -344,9 +344,9 @@ class Trainer:
         torch.set_rng_state(state["rng"])
         if state["cuda_rng"] and self.device.type == "cuda":
             torch.cuda.set_rng_state_all(state["cuda_rng"])
-        self.val_loss, self.best_val_loss = state["val_loss"], state["best_val_loss"]
-        self.best_iteration, self._evaluated_at = state["best_iteration"], state["evaluated_at"]
-        self._evaluations_without_gain = state["evaluations_without_gain"]
+        self.val_loss, self.best_val_loss = float(state["val_loss"]), float(state["best_val_loss"])
+        self.best_iteration, self._evaluated_at = int(state["best_iteration"]), int(state["evaluated_at"])
+        self._evaluations_without_gain = int(state["evaluations_without_gain"])
 
     def _report(self, figures: dict[str, float], iteration: int) -> None:
         for logger in self._loggers:

@@ -225,8 +225,6 @@ def _band(tq: int, tk: int, end: int | Tensor, left: int, right: int, device: to
 
 
 def _masked(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, dropout_p: float, scale: float | None) -> Tensor:
-    if scale is not None and scale <= 0.0:  # torch multiplies its masked scores, -inf, by the scale too
-        q, scale = q * scale, 1.0
     out = F.scaled_dot_product_attention(
         q, k, v, attn_mask=visible, dropout_p=dropout_p, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
     )

@@ -1,0 +1,49 @@
+"""SIGKILL at moments nobody chose: a run resumed each time ends, bit for bit, as one that was left alone.
+
+`make soak` raises FASTCHARGPT_SOAK_KILLS (5 here) and prints where the kills hit.
+"""
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import kills
+import pytest
+
+COUNT = int(os.environ.get("FASTCHARGPT_SOAK_KILLS", "0"))
+SEED = int(os.environ.get("FASTCHARGPT_SOAK_SEED", "0"))
+BASE: dict[str, Any] = dict(max_iters=200 if COUNT else 40, eval_interval=3, log_interval=1)
+RUNS: dict[str, dict[str, Any]] = {
+    "epochs, accumulation, wsd": dict(order="epochs", gradient_accumulation_steps=2, schedule="wsd"),
+    "random, cosine": dict(),
+    "random, accumulation, linear, clipped": dict(gradient_accumulation_steps=3, schedule="linear", grad_clip=0.05),
+    "epochs, constant, patience": dict(order="epochs", schedule="constant", patience=30),
+    "random, a save at every step": dict(eval_interval=1, max_iters=100),
+}
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has neither SIGKILL nor fork")
+@pytest.mark.parametrize("name", list(RUNS) if COUNT else list(RUNS)[:1])
+def test_killed_runs_resume_bit_equal(tmp_path: Path, name: str) -> None:
+    fields = {**BASE, **RUNS[name]}
+    server = kills.server()
+    kills.run_with_kills(server, tmp_path / "whole", fields, 0, SEED)
+    told = kills.run_with_kills(server, tmp_path / "killed", fields, COUNT or 5, SEED)
+    print(f"soak: {name}: {told}")
+    whole, killed = kills.remains(tmp_path / "whole"), kills.remains(tmp_path / "killed")
+    for one, other in zip(whole[:2], killed[:2], strict=True):
+        assert one.info == other.info
+        assert kills.same(one.weights, other.weights)
+        assert kills.same(one.trainer_state, other.trainer_state)
+    assert whole[2] == killed[2]
+
+
+def test_the_comparison_notices_a_bit(tmp_path: Path) -> None:
+    import torch
+
+    a = {"x": [torch.tensor([1.0, 2.0]), 3], "y": {"z": (1.5, None)}}
+    assert kills.same(a, {"x": [torch.tensor([1.0, 2.0]), 3], "y": {"z": (1.5, None)}})
+    nudged = torch.nextafter(torch.tensor([1.0, 2.0]), torch.tensor(9.0))
+    assert not kills.same(a, {"x": [nudged, 3], "y": {"z": (1.5, None)}})
+    assert not kills.same(a, {"x": [torch.tensor([1.0, 2.0]), 3], "y": {"z": (1.5, 0)}})
