@@ -36,7 +36,7 @@ lint: $(VENV)/.installed-dev types  ## ruff and mypy --strict
 types: $(VENV)/.installed-dev  ## mypy --strict
 	@rm -rf build/types && mkdir -p build/types/fastchargpt
 	@ln -s $(CURDIR)/src/fastchargpt/* $(CURDIR)/kernels $(CURDIR)/bench build/types/fastchargpt/
-	cd build/types && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache -p fastchargpt
+	cd build/types && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache -p fastchargpt --exclude /bench/static/
 
 bench: $(VENV)/.installed-dev  ## the benchmark suite, and its report (ARGS=--quick for 3 minutes; see bench/README.md)
 	$(BIN)/fastchargpt bench --out bench.json $(ARGS)
