@@ -2,7 +2,7 @@
 
     python bench/static/gate_report.py              # what is not recorded yet, with the sources as they are now
     python bench/static/gate_report.py --all        # everything again
-    python bench/static/gate_report.py --thorough   # fp16, non-causal, grouped heads and ragged head_dim too; not recorded
+    python bench/static/gate_report.py --thorough   # fp16, non-causal, grouped, ragged too; not recorded
 
 tests/test_compile_gate.py compiles a part of this on every run and checks that the record covers the rest: a record
 counts as long as the kernel's source, its settings and Triton's version, all in its key, are the same.
