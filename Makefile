@@ -24,7 +24,7 @@ test-gpu: $(VENV)/.installed-dev  ## the tests that need a GPU
 
 KILLS  ?= 50
 INPUTS ?= 100000
-soak: $(VENV)/.installed-dev  ## the long form of the reliability tests: KILLS kills of each of five runs, INPUTS hostile files
+soak: $(VENV)/.installed-dev  ## the long reliability tests: KILLS kills of each of five runs, INPUTS hostile files
 	FASTCHARGPT_SOAK_KILLS=$(KILLS) FASTCHARGPT_FUZZ=$(INPUTS) \
 		$(BIN)/python -m pytest -s -q tests/test_kills.py tests/test_fuzz.py $(ARGS)
 
