@@ -17,7 +17,7 @@ train: $(VENV)/.installed  ## train a small GPT on the default corpus, then samp
 	$(BIN)/fastchargpt sample $(OUT) --max-new-tokens 500
 
 test: $(VENV)/.installed-dev  ## the whole test suite
-	$(BIN)/python -m pytest -n auto $(ARGS)
+	$(BIN)/python -m pytest -n auto --dist worksteal $(ARGS)
 
 test-gpu: $(VENV)/.installed-dev  ## the tests that need a GPU
 	$(BIN)/python -m pytest -m gpu $(ARGS)

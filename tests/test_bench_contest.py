@@ -174,6 +174,7 @@ def test_the_suite_writes_what_the_report_reads(
     out = tmp_path / "b.json"
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)  # pytest-benchmark measures nothing under xdist
     assert main(["bench", "batches", "--quick", "--device=cpu", f"--out={out}"]) == 0
     assert f"saved {out}" in capfd.readouterr().out
     run = load_run(out)
