@@ -24,7 +24,7 @@ test-gpu: $(VENV)/.installed-dev  ## the tests that need a GPU
 
 KILLS  ?= 50
 INPUTS ?= 100000
-soak: $(VENV)/.installed-dev  ## the long form of the reliability tests: KILLS kills of each of five runs, INPUTS hostile files
+soak: $(VENV)/.installed-dev  ## the long reliability tests: KILLS kills of each of five runs, INPUTS hostile files
 	FASTCHARGPT_SOAK_KILLS=$(KILLS) FASTCHARGPT_FUZZ=$(INPUTS) \
 		$(BIN)/python -m pytest -s -q tests/test_kills.py tests/test_fuzz.py $(ARGS)
 
@@ -36,7 +36,7 @@ lint: $(VENV)/.installed-dev types  ## ruff and mypy --strict
 types: $(VENV)/.installed-dev  ## mypy --strict
 	@rm -rf build/types && mkdir -p build/types/fastchargpt
 	@ln -s $(CURDIR)/src/fastchargpt/* $(CURDIR)/kernels $(CURDIR)/bench build/types/fastchargpt/
-	cd build/types && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache -p fastchargpt
+	cd build/types && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache -p fastchargpt --exclude /bench/static/
 
 bench: $(VENV)/.installed-dev  ## the benchmark suite, and its report (ARGS=--quick for 3 minutes; see bench/README.md)
 	$(BIN)/fastchargpt bench --out bench.json $(ARGS)

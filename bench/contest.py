@@ -9,7 +9,7 @@ import torch
 from fastchargpt.errors import BackendUnavailableError
 from fastchargpt.timing import Timing, race
 
-__all__ = ["Absent", "Contestant", "Result", "hold", "peak_memory"]
+__all__ = ["Absent", "Contestant", "Result", "allow_recompiles", "hold", "peak_memory"]
 
 MAX_ROUNDS = 400
 
@@ -92,6 +92,17 @@ def hold(
         facts = dict(contestant.facts)
         results[name] = Result(timing=timings[name], peak_bytes=peaks[name], facts=facts)
     return {name: results[name] for name in entrants}
+
+
+def allow_recompiles() -> None:
+    """Let torch.compile compile one function for as many models and shapes as a suite has.
+
+    By default it gives up after eight and goes on eager, with no more than a warning: a time of something else.
+    """
+    import torch._dynamo
+
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 512)
+    torch._dynamo.config.accumulated_recompile_limit = max(torch._dynamo.config.accumulated_recompile_limit, 2048)
 
 
 def peak_memory(call: Callable[[], object], device: torch.device) -> int | None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from fastchargpt.bench.contest import Absent, Contestant
+from fastchargpt.bench.contest import Absent, Contestant, allow_recompiles
 from fastchargpt.bench.peers import lecture_model, nanogpt_model
 from fastchargpt.bench.settings import Settings
 from fastchargpt.config import Family, GPTConfig
@@ -182,6 +182,7 @@ def _ours(name: str, work: Work, device: torch.device) -> Step:
             choose_compile("on", device, 1)
         except BackendUnavailableError as error:
             raise Absent(str(error)) from None
+        allow_recompiles()
     model = _model(family, work).to(device)  # type: ignore[arg-type]
     step = make_train_step(
         model,
@@ -210,6 +211,7 @@ def _peer(name: str, work: Work, settings: Settings) -> Step:
             optimizer = model.configure_optimizers(WEIGHT_DECAY, LEARNING_RATE, BETAS, device.type)  # type: ignore[operator]
         model.load_state_dict(ours.state_dict())
         if device.type == "cuda":
+            allow_recompiles()
             model.compile()
             return _autocast_step(model, optimizer), "nanogpt", "bf16", ours.flops_per_token()
         return _loop_body(model, optimizer, clip=True), "nanogpt", "fp32", ours.flops_per_token()

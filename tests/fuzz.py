@@ -4,6 +4,7 @@
 `campaign` starts such processes, and goes on behind the input that one of them died of.
 """
 
+import copy
 import json
 import mmap
 import os
@@ -109,10 +110,10 @@ def mutated_json(choose: random.Random, value: Any) -> Any:
                 holders.append(part)
                 stack.extend(part.values() if isinstance(part, dict) else part[:50])
         if not holders:
-            return choose.choice(ODD_VALUES)
+            return copy.deepcopy(choose.choice(ODD_VALUES))
         holder = choose.choice(holders)
         key = choose.choice(list(holder)) if isinstance(holder, dict) else choose.randrange(len(holder))
-        odd = choose.choice(ODD_VALUES)
+        odd = copy.deepcopy(choose.choice(ODD_VALUES))  # a later change must not reach the inputs that follow
         kind = choose.randrange(6)
         if kind <= 2:
             holder[key] = odd
@@ -267,8 +268,6 @@ class Readers:
             load_checkpoint(self.last, with_trainer=True)
 
     def _mutated_state(self, choose: random.Random) -> Any:
-        import copy
-
         import torch
 
         state = copy.deepcopy(self.state)
@@ -280,7 +279,7 @@ class Readers:
                 continue
             odd = [value for value in ODD_VALUES if not (isinstance(value, str) and "\ud800" in value)]
             odd += [torch.zeros(0), torch.zeros(3, dtype=torch.uint8), torch.full((2, 2), float("nan")), (1, 2)]
-            holder[key] = choose.choice(odd)
+            holder[key] = copy.deepcopy(choose.choice(odd))
             if isinstance(holder, dict) and choose.random() < 0.2:
                 del holder[key]
             return state
@@ -422,7 +421,7 @@ def campaign(seed: int, count: int, folder: Path) -> dict[str, Any]:
     while first < end:
         (folder / "progress").write_bytes(first.to_bytes(8, "little"))
         command = [sys.executable, str(Path(__file__).resolve()), str(seed), str(first), str(end - first), str(folder)]
-        with (folder / "outcome.jsonl").open("w+") as said:  # to be looked at while it grows
+        with (folder / f"outcome-{first}.jsonl").open("w+") as said:  # to be looked at while it grows
             done = subprocess.run(command, stdout=said, stderr=subprocess.PIPE, text=True, env=environment)
             said.seek(0)
             lines = [json.loads(line) for line in said]

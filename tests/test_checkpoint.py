@@ -209,6 +209,13 @@ def test_other_versions_and_hostile_configs(tmp_path: Path) -> None:
     refused(lambda c: c.update(files=[]), "does not match its own checksum")
 
 
+def test_a_checkpoint_from_before_a_setting_was_there_loads_with_its_default(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path / "c", checkpoint(4))
+    _rewrite(tmp_path / "c", lambda c: (c.pop("writer"), c["train"].pop("deterministic"), c["model"].pop("rope_base")))  # type: ignore[arg-type, return-value]
+    found = load_checkpoint(tmp_path / "c", with_trainer=True)
+    assert (found.model_config, found.train_config) == (CONFIG, TrainConfig(seed=4))
+
+
 def test_weights_of_another_shape(tmp_path: Path) -> None:
     folder = tmp_path / "c"
     save_checkpoint(folder, checkpoint())

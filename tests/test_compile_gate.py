@@ -59,8 +59,10 @@ def test_the_record_is_current():
     shipped = {key_of(entry.config, case, target): name_of((target, entry, case)) for target, entry, case in ENTRIES}
     missing = [name for key, name in shipped.items() if key not in record()]
     stale = record().keys() - shipped.keys()
-    assert not missing, f"{len(missing)} not in {RECORD.name}, such as {missing[0]}: run python bench/gate_report.py"
-    assert not stale, f"{len(stale)} in {RECORD.name} are not shipped any more: run python bench/gate_report.py"
+    assert not missing, (
+        f"{len(missing)} not in {RECORD.name}, such as {missing[0]}: run python bench/static/gate_report.py"
+    )
+    assert not stale, f"{len(stale)} in {RECORD.name} are not shipped any more: run python bench/static/gate_report.py"
 
 
 def test_shipped_targets():

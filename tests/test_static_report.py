@@ -123,7 +123,7 @@ def test_every_figure_is_labelled_an_estimate():
     row = Row(*(["x"] * (len(COLUMNS) - 1)))
     assert row.note == "estimate"
     assert "ESTIMATES" in to_markdown([row]).splitlines()[0]
-    path = HERE / "results" / "static.csv"
+    path = HERE.parent / "results" / "static.csv"
     with path.open() as file:
         rows = list(csv.DictReader(file))
     assert tuple(rows[0]) == COLUMNS

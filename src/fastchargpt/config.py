@@ -52,7 +52,9 @@ def _check_types(config: Any) -> None:
                 f"{field.name} must be a finite number, not {shown}",
             )
         elif int in allowed:
-            _check(_is_int64(value), f"{field.name} must be a whole number of 64 bits, not {shown}")
+            whole = isinstance(value, int) and not isinstance(value, bool)
+            _check(whole, f"{field.name} must be a whole number, not {shown}")
+            _check(_is_int64(value), f"{field.name} must fit in 64 bits, and {shown} does not")
         elif str in allowed:
             _check(isinstance(value, str), f"{field.name} must be text, not {shown}")
 

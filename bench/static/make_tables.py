@@ -1,6 +1,6 @@
 """Fill the launch tables with no GPU: for each kernel the first candidate, best first, that passes the gate.
 
-    python bench/make_tables.py sm_90 gfx942     # writes kernels/tuning/sm_90.json, gfx942.json; default: all
+    python bench/static/make_tables.py sm_90 gfx942     # writes kernels/tuning/sm_90.json, gfx942.json; default: all
 
 An entry must pass (tests/gate.py) in every precision that it serves, with dropout and without; where only the plain
 kernel passes, the entry says so and another one serves dropout. Where no candidate passes there is no entry, and the
@@ -16,7 +16,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE.parent / "tests")]  # run as a script: the gate's equipment lives with the tests
+ROOT = HERE.parents[1]
+sys.path[:0] = [str(HERE), str(ROOT / "tests")]  # run as a script: the gate's equipment lives with the tests
 
 from aot import TARGETS  # noqa: E402
 from gate import judge  # noqa: E402
@@ -26,7 +27,7 @@ from fastchargpt.kernels.tuning import Config, Entry, save_table  # noqa: E402
 
 __all__ = ["HEAD_DIMS", "SHIPPED", "choose", "slots"]
 
-TABLES = HERE.parent / "kernels" / "tuning"
+TABLES = ROOT / "kernels" / "tuning"
 Settings = tuple[int, int, int, int]  # BLOCK_M, BLOCK_N, warps, stages
 HEAD_DIMS = (32, 64, 128, 256)
 SHIPPED = [name for name in TARGETS if name != "sm_75"]  # there Triton has no tensor cores: SDPA serves

@@ -1,7 +1,7 @@
 """The static speed report: every figure is an ESTIMATE from machine code and byte counts; nothing runs on a GPU.
 
-    python bench/static_report.py            # prints tables in Markdown, writes bench/results/static.csv
-    python bench/static_report.py sm_90 --head-dim 64
+    python bench/static/static_report.py            # prints tables in Markdown, writes bench/results/static.csv
+    python bench/static/static_report.py sm_90 --head-dim 64
 
 For each target and shape: the bound of the package's own kernels, and beside its backward the textbook's (three
 launches: delta, dK and dV, dQ), written and judged in the same way, with the best of its own block sizes. Shapes keep
@@ -24,7 +24,8 @@ from typing import NamedTuple
 import torch
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE.parent / "tests")]  # run as a script: the gate's equipment lives with the tests
+ROOT = HERE.parents[1]
+sys.path[:0] = [str(HERE), str(ROOT / "tests")]  # run as a script: the gate's equipment lives with the tests
 
 from aot import compile_launch, record_launches  # noqa: E402
 from cost_model import LAUNCH_SECONDS, Estimate, estimate  # noqa: E402
@@ -265,7 +266,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("targets", nargs="*", default=known_archs(), help="such as sm_90; default: all with a table")
     parser.add_argument("--head-dim", type=int, choices=HEAD_DIMS, nargs="*", default=list(HEAD_DIMS))
-    parser.add_argument("--csv", type=Path, default=HERE / "results" / "static.csv")
+    parser.add_argument("--csv", type=Path, default=HERE.parent / "results" / "static.csv")
     arguments = parser.parse_args()
     report = list(rows(arguments.targets, arguments.head_dim))
     write(report, arguments.csv)

@@ -3,7 +3,7 @@
 Written after FlashAttention-2 (Dao 2023, algorithm 2) without atomics, as most projects have it: delta = rowsum(dO * O)
 in a launch of its own; one program for each block of keys walks the queries and gives dK and dV; one for each block of
 queries walks the keys and gives dQ. Seven matrix products where five are needed, and the scores computed twice.
-bench/static_report.py puts its estimate beside that of the package's own backward.
+bench/static/static_report.py puts its estimate beside that of the package's own backward.
 """
 
 import math

@@ -1,8 +1,8 @@
 """Compile every entry of every launch table for its target, judge it, and keep the verdicts: bench/results/gate.csv.
 
-    python bench/gate_report.py              # what is not recorded yet, with the sources as they are now
-    python bench/gate_report.py --all        # everything again
-    python bench/gate_report.py --thorough   # fp16, non-causal, grouped heads and ragged head_dim too; not recorded
+    python bench/static/gate_report.py              # what is not recorded yet, with the sources as they are now
+    python bench/static/gate_report.py --all        # everything again
+    python bench/static/gate_report.py --thorough   # fp16, non-causal, grouped, ragged too; not recorded
 
 tests/test_compile_gate.py compiles a part of this on every run and checks that the record covers the rest: a record
 counts as long as the kernel's source, its settings and Triton's version, all in its key, are the same.
@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE.parent / "tests")]  # run as a script: the gate's equipment lives with the tests
+ROOT = HERE.parents[1]
+sys.path[:0] = [str(HERE), str(ROOT / "tests")]  # run as a script: the gate's equipment lives with the tests
 
 from aot import TARGETS  # noqa: E402
 from gate import judge, launches_of  # noqa: E402
@@ -31,7 +32,7 @@ from fastchargpt.kernels.tuning import Config, Entry, known_archs, load_table  #
 
 __all__ = ["RECORD", "Row", "everything", "key_of", "read_record", "to_markdown"]
 
-RECORD = HERE / "results" / "gate.csv"
+RECORD = HERE.parent / "results" / "gate.csv"
 COUNTED_LENGTH = 256  # sequence for which products and bytes are counted, where the entry serves it
 
 
