@@ -6,6 +6,7 @@ from oracles import worst_error
 
 from fastchargpt.attention import causal_attention, causal_attention_packed, explain_attention
 from fastchargpt.kernels import naive
+from fastchargpt.kernels.tuning import widest_head
 
 pytestmark = [
     pytest.mark.gpu,
@@ -38,6 +39,9 @@ def gradients(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dout: torch.Ten
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_kernels_on_a_gpu(shape: tuple[int, ...], dtype: torch.dtype, causal: bool, dropout_p: float) -> None:
     batch, heads, kv_heads, tq, tk, head_dim = shape
+    widest = widest_head("cuda", 0, dtype, dropout_p > 0.0)
+    if head_dim > widest:
+        pytest.skip(f"this GPU's launch table ends at head_dim {widest} in {dtype}, and auto takes SDPA beyond")
     torch.manual_seed(0)
     q = torch.randn(batch, heads, tq, head_dim, device="cuda").to(dtype)
     k, v = (torch.randn(batch, kv_heads, tk, head_dim, device="cuda").to(dtype) for _ in range(2))
