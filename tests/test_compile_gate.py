@@ -1,9 +1,9 @@
 """Every entry of every shipped launch table compiles for its target to code that may ship (gate.py has the rules).
 
-What is compiled here on every run is what most people train with, once for each of the compiler's ways to a tensor core:
-16-bit, head_dim 64, every kernel, on sm_80, sm_90, sm_100 and gfx942 (sm_86, sm_89 and sm_120 take sm_80's). For all
-other entries the verdict recorded in bench/results/gate.csv counts, as long as source, settings and Triton
-version are the same; whatever has no record is compiled too. FASTCHARGPT_GATE=full compiles everything.
+What is compiled here on every run is what most people train with, once for each of the compiler's ways to a tensor
+core: 16-bit, head_dim 64, every kernel, on sm_80, sm_90, sm_100 and gfx942 (sm_86, sm_89 and sm_120 take sm_80's). For
+all other entries the verdict recorded in bench/results/gate.csv counts, as long as source, settings and Triton version
+are the same; whatever has no record is compiled too. FASTCHARGPT_GATE=full compiles everything.
 """
 
 import functools
