@@ -159,6 +159,13 @@ def test_resume_from_the_save_before_a_damaged_one(
     assert not (out / "last.damaged").exists()
 
 
+def test_resume_keeps_a_larger_vocabulary(text: Path, tmp_path: Path) -> None:
+    out = str(tmp_path / "out")
+    assert train(text, "--out-dir", out, "--vocab-size=64") == 0
+    assert main(["train", "--resume", "--out-dir", out, "--max_iters=22"]) == 0
+    assert json.loads((tmp_path / "out" / "last" / "config.json").read_text())["model"]["vocab_size"] == 64
+
+
 def test_bpe_and_byte_models(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for kind in ("byte", "bpe"):
         out = tmp_path / kind
@@ -231,6 +238,11 @@ def test_auto_falls_back_to_pydoc_and_says_so(
     assert main(["train", *TINY, "--max_iters=2", "--eval_interval=2", "--out-dir", str(tmp_path / "out")]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert sum("pydoc" in line and "because" in line for line in lines) == 1
+    # what was trained on is remembered by name: shakespeare, were it here by then, would be another text
+    config = json.loads((tmp_path / "out" / "last" / "config.json").read_text())
+    assert config["info"]["data"] == "pydoc"
+    assert main(["eval", str(tmp_path / "out"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["corpus"] == "pydoc"
 
 
 def test_mistakes_in_out_dirs(text: Path, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -249,6 +261,9 @@ def test_mistakes_in_sampling(trained: Path, tmp_path: Path, capsys: pytest.Capt
     sample = ["sample", str(trained)]
     assert "does not exist" in told(capsys, ["sample", str(tmp_path / "none")])
     assert "'@'" in told(capsys, [*sample, "--prompt", "me@home"])
+    capsys.readouterr()
+    main([*sample, "--prompt", "me@home"])
+    assert capsys.readouterr().out == ""  # nothing is shown of a text that cannot be begun
     assert "temperature must be" in told(capsys, [*sample, "--temperature=-1"])
     assert "give one of the two" in told(capsys, [*sample, "--prompt=To", "--prompt-file=x"])
     assert "cannot be read" in told(capsys, [*sample, "--prompt-file", str(tmp_path / "none")])

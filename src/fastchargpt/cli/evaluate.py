@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -12,7 +13,7 @@ from fastchargpt.checkpoint import load_checkpoint
 from fastchargpt.cli.arguments import parse
 from fastchargpt.corpus import load_corpus
 from fastchargpt.evaluation import evaluate
-from fastchargpt.loading import load
+from fastchargpt.loading import restore
 from fastchargpt.precision import choose_device, choose_precision
 
 __all__ = ["run"]
@@ -40,11 +41,12 @@ def run(argv: Sequence[str]) -> int:
     """Evaluate as the words say; the exit status."""
     command = parse(EvalCommand, argv, command="eval", default=EvalCommand())
     device = choose_device(command.device)
-    model, tokenizer = load(command.folder, device=device)
-    data = command.data or load_checkpoint(command.folder).info.get("data", "auto")
+    checkpoint = load_checkpoint(command.folder, device=device)
+    model, tokenizer = restore(checkpoint)
+    data = command.data or checkpoint.info.get("data", "auto")
     corpus = load_corpus(data, tokenizer=tokenizer or "char")
     if corpus.note:
-        print(corpus.note)
+        print(corpus.note, file=sys.stderr)
     tokens = corpus.val if command.split == "val" else corpus.train
     result = evaluate(
         model, tokens, block_size=model.config.block_size, precision=choose_precision(command.precision, device)

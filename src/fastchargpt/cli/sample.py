@@ -66,8 +66,9 @@ def run(argv: Sequence[str]) -> int:
         for generation in generate(model, tokenizer, prompt, config, command.engine):
             print(json.dumps(asdict(generation), ensure_ascii=False))
     elif config.num_samples == 1:
+        pieces = stream(model, tokenizer, prompt, config, command.engine)  # says what is wrong before a word is shown
         _show(prompt)
-        for piece in stream(model, tokenizer, prompt, config, command.engine):
+        for piece in pieces:
             _show(piece)
         _show("\n")
     else:

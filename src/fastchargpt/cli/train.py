@@ -70,7 +70,7 @@ def run(argv: Sequence[str]) -> int:
     corpus = load_corpus(options.data, tokenizer=options.tokenizer, bpe_vocab_size=options.bpe_vocab_size)
     if corpus.note:
         print(corpus.note)
-    model_config = _with_vocabulary(command.model, corpus, given(argv, "vocab_size"))
+    model_config = _with_vocabulary(command.model, corpus, options.resume or given(argv, "vocab_size"))
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at the first matrix product on a GPU
     out_dir = Path(options.out_dir)
@@ -84,7 +84,7 @@ def run(argv: Sequence[str]) -> int:
         corpus,
         out_dir=out_dir,
         info={
-            "data": _portable(options.data),
+            "data": _portable(options.data, corpus),
             "tokenizer": options.tokenizer,
             "bpe_vocab_size": options.bpe_vocab_size,
         },
@@ -138,7 +138,7 @@ def _defaults(argv: Sequence[str]) -> TrainCommand:
 
 
 def _with_vocabulary(model: GPTConfig, corpus: Corpus, asked_for: bool) -> GPTConfig:
-    """The model for a corpus: with its vocabulary, or a larger one that was asked for."""
+    """The model for a corpus: with its vocabulary, or a larger one that was asked for, now or when the run began."""
     if not asked_for:
         return dataclasses.replace(model, vocab_size=corpus.vocab_size)
     if model.vocab_size < corpus.vocab_size:
@@ -149,8 +149,10 @@ def _with_vocabulary(model: GPTConfig, corpus: Corpus, asked_for: bool) -> GPTCo
     return model
 
 
-def _portable(data: str) -> str:
-    """The data's name as a later call from another folder understands it."""
+def _portable(data: str, corpus: Corpus) -> str:
+    """The data's name as a later call understands it: from another folder, or where `auto` would take another text."""
+    if data == "auto":
+        return corpus.name
     return str(Path(data).resolve()) if Path(data).exists() else data
 
 
