@@ -14,5 +14,5 @@ setup(
         *(f"fastchargpt.kernels.{name}" for name in find_packages("kernels")),
         "fastchargpt.bench",  # so that `fastchargpt bench` runs the suite from an installed wheel too
     ],
-    package_data={"fastchargpt": ["py.typed"], "fastchargpt.kernels": ["tuning/*.json", "*.cpp"]},
+    package_data={"fastchargpt": ["py.typed"], "fastchargpt.kernels": ["tuning/*.json", "*.cpp", "*.h"]},
 )

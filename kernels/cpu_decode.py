@@ -1,22 +1,12 @@
-"""The native decoding step for CPUs: builds cpu_decode.cpp on first use and calls it.
+"""The native decoding step for CPUs: cpu_decode.cpp, built on first use.
 
-The C++ file is compiled for the very machine it runs on (a few seconds, once), by whatever C++ compiler is on the path,
-and kept in the user's cache under a name that changes with the source, the compiler and the processor. Where that
-cannot be done, `library` says why and decoding goes on in torch.
+Where it cannot be built, `library` says why and decoding goes on in torch.
 """
 
 import ctypes
 import functools
-import hashlib
-import os
-import platform
-import shutil
-import subprocess
-import sys
-import tempfile
 import threading
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -24,12 +14,11 @@ import torch
 from torch import Tensor
 
 from ..errors import BackendUnavailableError
+from .cpu_build import load
 
 __all__ = ["ACTIVATIONS", "NativeModel", "library"]
 
-SOURCE = Path(__file__).with_name("cpu_decode.cpp")
-FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-shared", "-pthread")
-# the numbers of cpu_decode.cpp's enum
+# the numbers of cpu_common.h's enum
 ACTIVATIONS = {"gelu": 0, "relu": 1, "relu2": 2, "gelu_tanh": 3}
 Ints = npt.NDArray[np.int32]
 Doubles = npt.NDArray[np.float64]
@@ -40,82 +29,9 @@ def library() -> ctypes.CDLL:
     """The compiled library, built if it has to be.
 
     Raises:
-        BackendUnavailableError: no POSIX system, no compiler, or a file that does not compile or load; with the reason.
+        BackendUnavailableError: it cannot be built or loaded here; with the reason.
     """
-    if problem := _problem:
-        raise BackendUnavailableError(problem[0])
-    try:
-        return _declare(ctypes.CDLL(str(_build())))
-    except BackendUnavailableError as error:
-        # a failed build is not tried again in this process
-        _problem.append(str(error))
-        raise
-    except OSError as error:
-        _problem.append(f"the native decoder could not be built or loaded: {error}")
-        raise BackendUnavailableError(_problem[0]) from None
-
-
-_problem: list[str] = []
-
-
-def _build() -> Path:
-    """The path of the compiled file."""
-    if os.name != "posix":
-        raise BackendUnavailableError(f"the native decoder needs a POSIX system, and this is {platform.system()}")
-    named = os.environ.get("CXX", "")
-    compiler = shutil.which(named) if named else next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
-    if compiler is None:
-        raise BackendUnavailableError(
-            f"the native decoder needs a C++ compiler, and there is no {named or 'c++, g++ or clang++'} on the path"
-        )
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
-    key = hashlib.sha256("\0".join([SOURCE.read_text("utf-8"), *FLAGS, version, _processor()]).encode()).hexdigest()
-    for folder in _folders():
-        target = folder / f"cpu_decode-{key[:24]}.so"
-        if target.exists():
-            return target
-        try:
-            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            _compile(compiler, target)
-        except OSError:
-            continue
-        return target
-    raise BackendUnavailableError("the native decoder could not be built: no folder for it can be written")
-
-
-def _compile(compiler: str, target: Path) -> None:
-    # built beside its place and renamed: two processes may build at once, and one may be killed
-    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-        made = Path(folder) / target.name
-        done = subprocess.run(
-            [compiler, *FLAGS, str(SOURCE), "-o", str(made)], capture_output=True, text=True, check=False
-        )
-        if done.returncode:
-            lines = [line for line in done.stderr.splitlines() if "error" in line] or ["no message"]
-            raise BackendUnavailableError(f"{compiler} could not compile the native decoder: {lines[0].strip()}")
-        os.replace(made, target)
-
-
-def _folders() -> list[Path]:
-    """Where the compiled file may lie, in the order tried."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / (
-        "Library/Caches" if sys.platform == "darwin" else ".cache"
-    )
-    return [Path(base) / "fastchargpt", Path(tempfile.gettempdir()) / f"fastchargpt-{os.getuid()}"]
-
-
-def _processor() -> str:
-    """What -march=native looks at: a cache that machines share must not mix their files."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
-    except OSError:
-        return platform.processor() + platform.machine()
-    return "\n".join(
-        sorted({line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))})
-    )
-
-
-def _declare(lib: ctypes.CDLL) -> ctypes.CDLL:
+    lib = load("cpu_decode", "the native decoder")
     address, whole, number = ctypes.c_void_p, ctypes.c_int, ctypes.c_double
     lib.fc_new.restype = address
     lib.fc_new.argtypes = [address, number, address]

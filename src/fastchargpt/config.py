@@ -213,6 +213,12 @@ class TrainConfig:
     schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
     # decoupled weight decay on matrices and embeddings
     weight_decay: float = 0.1
+    # the optimiser: AdamW, or Muon for the matrices of the blocks and AdamW for the rest
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    # highest learning rate of Muon's matrices; it follows the same schedule
+    matrix_learning_rate: float = 0.02
+    # Muon's momentum
+    momentum: float = 0.95
     # AdamW's decay of the first moment
     beta1: float = 0.9
     # AdamW's decay of the second moment
@@ -223,6 +229,8 @@ class TrainConfig:
     eval_interval: int = 250
     # batches of the training split, evenly spaced, in its loss estimate (the validation split is always read whole)
     eval_iters: int = 20
+    # whether the first evaluation comes before the first step, as in nanoGPT; without it, after eval_interval steps
+    eval_at_start: bool = True
     # evaluate once and stop
     eval_only: bool = False
     # steps between log lines
@@ -237,6 +245,8 @@ class TrainConfig:
     precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = "auto"
     # torch.compile the step; auto compiles where the run is long enough to earn the compile time back
     compile: Literal["auto", "on", "off"] = "auto"
+    # what computes a step: torch, or native C++ code for float32 on a CPU; auto takes the native where it serves
+    engine: Literal["auto", "native", "torch"] = "auto"
     # attention backend; auto takes the fastest that serves and says why
     attention: Literal["auto", "triton", "sdpa", "naive"] = "auto"
     # seed of initialisation, batches and dropout
@@ -249,9 +259,9 @@ class TrainConfig:
         _check_types(self)
         for name in ("batch_size", "gradient_accumulation_steps", "eval_interval", "eval_iters", "log_interval"):
             _check(getattr(self, name) >= 1, f"{name} must be at least 1, not {getattr(self, name)}")
-        for name in ("max_iters", "warmup_iters", "learning_rate", "min_lr", "weight_decay", "grad_clip", "seed"):
+        for name in ("max_iters", "warmup_iters", "learning_rate", "min_lr", "weight_decay", "grad_clip", "seed", "matrix_learning_rate"):
             _check(getattr(self, name) >= 0, f"{name} must not be negative, and it is {getattr(self, name)}")
-        for name in ("beta1", "beta2"):
+        for name in ("beta1", "beta2", "momentum"):
             _check(0.0 <= getattr(self, name) < 1.0, f"{name} must be in [0, 1), not {getattr(self, name)}")
         _check(
             0.0 < self.cooldown_fraction <= 1.0, f"cooldown_fraction must be in (0, 1], not {self.cooldown_fraction}"

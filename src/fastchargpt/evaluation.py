@@ -4,10 +4,11 @@ import math
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fastchargpt.batches import TokenData, eval_batches
 from fastchargpt.config import IGNORE_INDEX
+from fastchargpt.native_step import NativeStep
 from fastchargpt.precision import Precision
 
 __all__ = ["EVAL_TOKENS_PER_BATCH", "Evaluation", "evaluate"]
@@ -38,7 +39,13 @@ class Evaluation:
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, tokens: TokenData, *, block_size: int, precision: Precision, max_batches: int | None = None
+    model: nn.Module,
+    tokens: TokenData,
+    *,
+    block_size: int,
+    precision: Precision,
+    max_batches: int | None = None,
+    native: NativeStep | None = None,
 ) -> Evaluation:
     """The mean loss over a split, read in windows of block_size that do not overlap.
 
@@ -47,6 +54,7 @@ def evaluate(
         tokens: the split, 1-D.
         block_size: tokens in a window: the context of its last prediction.
         precision: number format of the matrix products.
+        native: the model's native step, which then computes the losses.
         max_batches: read only this many batches, evenly spaced over the split; None reads it whole.
 
     Raises:
@@ -61,7 +69,8 @@ def evaluate(
         with precision.matmuls(), precision.autocast(device.type):
             for x, y in eval_batches(tokens, block_size, batch_size, device, max_batches):
                 targets = int((y != IGNORE_INDEX).sum())
-                total += model(x, y)[1].double().cpu() * targets
+                loss: Tensor = model(x, y)[1] if native is None else native.loss(x, y)
+                total += loss.double().cpu() * targets
                 count += targets
     finally:
         model.train(was_training)

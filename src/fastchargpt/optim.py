@@ -1,14 +1,32 @@
 """Optimisers, their parameter groups and the learning-rate schedule."""
 
 import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.optim.adamw import adamw
 
 from fastchargpt.config import TrainConfig
+from fastchargpt.layers import Block
+from fastchargpt.model import GPT
 
-__all__ = ["learning_rate_at", "make_adamw", "parameter_groups"]
+__all__ = [
+    "Muon",
+    "learning_rate_at",
+    "make_adamw",
+    "make_muon",
+    "make_optimizer",
+    "orthogonalise",
+    "parameter_groups",
+    "shape_factor",
+]
+
+# Newton-Schulz: the coefficients and the number of steps of Muon's author
+# (https://kellerjordan.github.io/posts/muon); they take singular values into about [0.7, 1.2].
+QUINTIC = (3.4445, -4.7750, 2.0315)
+ORTHOGONALISING_STEPS = 5
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -28,6 +46,181 @@ def make_adamw(
     devices = {parameter.device.type for group in groups for parameter in group["params"]}
     fused = devices <= {"cuda", "cpu", "mps", "xpu"}
     return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=fused or None)
+
+
+@torch.no_grad()
+def orthogonalise(matrices: Tensor) -> Tensor:
+    """Matrices (N, R, C) with their singular values taken to about 1, by Newton-Schulz on all at once.
+
+    On a GPU the products are in bfloat16, which the iteration tolerates; on a CPU in the matrices' own type.
+    """
+    a, b, c = QUINTIC
+    x = matrices.bfloat16() if matrices.is_cuda else matrices
+    wide = x.size(-2) <= x.size(-1)
+    x = x if wide else x.mT
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for _ in range(ORTHOGONALISING_STEPS):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return (x if wide else x.mT).type_as(matrices)
+
+
+def shape_factor(rows: int, columns: int) -> float:
+    """Muon's factor of the learning rate for a matrix of this shape, so that its outputs change alike."""
+    return math.sqrt(max(1.0, rows / columns))
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon (https://kellerjordan.github.io/posts/muon) for matrices, AdamW for everything else.
+
+    A matrix's momentum is orthogonalised before it is applied. Matrices that lie stacked in one weight, as queries, keys
+    and values do, are orthogonalised one by one.
+
+    Args:
+        matrices: weights (R, C), each with the rows of the matrices stacked in it.
+        others: AdamW's parameter groups.
+        lr: AdamW's learning rate.
+        matrix_lr: Muon's.
+        momentum: Muon's, in Nesterov's form.
+        betas, eps: AdamW's.
+        weight_decay: Muon's; the groups of `others` name their own.
+    """
+
+    def __init__(
+        self,
+        matrices: Sequence[tuple[nn.Parameter, tuple[int, ...]]],
+        others: Sequence[dict[str, Any]],
+        *,
+        lr: float,
+        matrix_lr: float,
+        momentum: float = 0.95,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+    ) -> None:
+        groups: list[dict[str, Any]] = [{"muon": False, "lr_scale": 1.0, **group} for group in others]
+        if matrices:
+            scale = matrix_lr / lr if lr > 0.0 else 0.0
+            weights = [weight for weight, _ in matrices]
+            groups.append({"params": weights, "muon": True, "lr_scale": scale, "lr": matrix_lr})
+        defaults = {"lr": lr, "momentum": momentum, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        super().__init__(groups, defaults)
+        self._rows = {id(weight): rows for weight, rows in matrices}
+
+    def blocks(self, weight: Tensor) -> tuple[int, ...]:
+        """The rows of the matrices stacked in a weight."""
+        return self._rows[id(weight)]
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Update every weight that has a gradient."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            weights = [weight for weight in group["params"] if weight.grad is not None]
+            if group["muon"]:
+                self._muon(weights, group)
+            elif weights:
+                self._adamw(weights, group)
+        return loss
+
+    def prepare(self, weight: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
+        """A weight's state, begun if need be."""
+        state = self.state[weight]
+        if not state:
+            if group["muon"]:
+                state["momentum_buffer"] = torch.zeros_like(weight)
+            else:
+                state["step"] = torch.zeros((), dtype=torch.float32)
+                state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(weight), torch.zeros_like(weight)
+        return state
+
+    def _adamw(self, weights: list[Tensor], group: dict[str, Any]) -> None:
+        states = [self.prepare(weight, group) for weight in weights]
+        gradients = [weight.grad for weight in weights if weight.grad is not None]
+        adamw(
+            weights,
+            gradients,
+            [state["exp_avg"] for state in states],
+            [state["exp_avg_sq"] for state in states],
+            [],
+            [state["step"] for state in states],
+            foreach=True,
+            amsgrad=False,
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=False,
+        )
+
+    def _muon(self, weights: list[Tensor], group: dict[str, Any]) -> None:
+        momentum, rate = group["momentum"], group["lr"]
+        # (weight's part, its update), equal shapes together so that they are orthogonalised in one batch
+        parts: dict[tuple[int, ...], list[tuple[Tensor, Tensor]]] = {}
+        for weight in weights:
+            gradient = weight.grad
+            assert gradient is not None
+            buffer = self.prepare(weight, group)["momentum_buffer"]
+            buffer.lerp_(gradient, 1.0 - momentum)
+            update = gradient.lerp(buffer, momentum)
+            rows = self.blocks(weight)
+            for part, block in zip(weight.split(rows), update.split(rows), strict=True):
+                parts.setdefault(tuple(part.shape), []).append((part, block))
+        for shape, pairs in parts.items():
+            updates = orthogonalise(torch.stack([block for _, block in pairs]))
+            for (part, _), update in zip(pairs, updates, strict=True):
+                part.mul_(1.0 - rate * group["weight_decay"]).add_(update, alpha=-rate * shape_factor(*shape))
+
+
+def make_muon(
+    model: GPT,
+    *,
+    learning_rate: float,
+    matrix_learning_rate: float,
+    weight_decay: float,
+    betas: tuple[float, float],
+    momentum: float = 0.95,
+) -> Muon:
+    """Muon for the matrices of a GPT's blocks; AdamW for its embeddings and head, without decay, and its vectors."""
+    matrices: list[tuple[nn.Parameter, tuple[int, ...]]] = []
+    for block in model.transformer.h:
+        assert isinstance(block, Block)
+        attention = block.attn
+        kv = attention.n_kv_head * attention.head_dim
+        matrices.append((attention.c_attn.weight, (model.config.n_embd, kv, kv)))
+        for linear in (attention.c_proj, block.mlp.c_fc, block.mlp.c_proj):
+            matrices.append((linear.weight, (linear.out_features,)))
+    taken = {id(weight) for weight, _ in matrices}
+    others = [parameter for parameter in model.parameters() if id(parameter) not in taken]
+    return Muon(
+        matrices,
+        [{"params": others, "weight_decay": 0.0}],
+        lr=learning_rate,
+        matrix_lr=matrix_learning_rate,
+        momentum=momentum,
+        betas=betas,
+        weight_decay=weight_decay,
+    )
+
+
+def make_optimizer(model: GPT, config: TrainConfig) -> torch.optim.Optimizer:
+    """The optimiser that a config names."""
+    betas = (config.beta1, config.beta2)
+    rate, decay = config.learning_rate, config.weight_decay
+    if config.optimizer == "muon":
+        return make_muon(
+            model,
+            learning_rate=rate,
+            matrix_learning_rate=config.matrix_learning_rate,
+            weight_decay=decay,
+            betas=betas,
+            momentum=config.momentum,
+        )
+    return make_adamw(model, weight_decay=decay, learning_rate=rate, betas=betas)
 
 
 def learning_rate_at(iteration: int, config: TrainConfig) -> float:

@@ -11,10 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from fastchargpt.errors import BackendUnavailableError, ConfigError
+from fastchargpt.model import GPT
+from fastchargpt.native_step import NativeStep, native_step_problem, native_update_problem
 from fastchargpt.optim import make_adamw
 from fastchargpt.precision import Precision, choose_precision
 
-__all__ = ["CompileChoice", "TrainStep", "choose_compile", "make_train_step"]
+__all__ = ["CompileChoice", "EngineChoice", "TrainStep", "choose_compile", "choose_engine", "make_train_step"]
 
 # What compiling costs and gains. On two CPU cores a cold compile takes about half a minute and saves about a twentieth
 # of a 25 ms step. On a GPU, by nanoGPT's own account (its README, "efficiency notes"), it takes about a minute and
@@ -58,6 +60,41 @@ def choose_compile(mode: Literal["auto", "on", "off"], device: torch.device, ite
     return CompileChoice(on=True, reason=f"a run of {iterations} steps earns the compile time back")
 
 
+@dataclass(frozen=True, kw_only=True)
+class EngineChoice:
+    """Whether native code takes the step, and why."""
+
+    native: bool
+    # one clause, for the log
+    reason: str
+
+
+def choose_engine(
+    engine: Literal["auto", "native", "torch"], model: nn.Module, precision: Precision, *, compile: bool
+) -> EngineChoice:
+    """Whether the step of a model is taken by the native code of `native_step`.
+
+    Raises:
+        BackendUnavailableError: it was asked for by name and cannot serve; with the reason.
+        ConfigError: the engine is none of auto, native and torch.
+    """
+    if engine not in ("auto", "native", "torch"):
+        raise ConfigError(f"engine must be auto, native or torch, not {engine!r}")
+    if engine == "torch":
+        return EngineChoice(native=False, reason="asked for")
+    if compile:
+        problem: str | None = "the step is compiled by torch"
+    elif precision.name not in ("fp32", "tf32"):
+        problem = f"the native step is for float32, and the precision is {precision.name}"
+    else:
+        problem = native_step_problem(model)
+    if problem is None:
+        return EngineChoice(native=True, reason="one call for loss and gradients, one for the update")
+    if engine == "native":
+        raise BackendUnavailableError(f"engine=native cannot be served: {problem}; use --engine=torch")
+    return EngineChoice(native=False, reason=problem)
+
+
 def _missing_compiler(device: torch.device) -> str | None:
     """What torch.compile lacks here, or None."""
     if device.type == "cuda":
@@ -86,6 +123,7 @@ class TrainStep:
         grad_norm: norm of the last gradient before clipping, a 0-d tensor; None when nothing is clipped.
         grad_norms: the norm of each parameter's, 1-D, in the order of `norm_names`; None when nothing is clipped.
         norm_names: the parameters that had a gradient.
+        native: the native code that takes the step, or None where torch does.
         updating: whether the optimiser is at work; still True after an error that may have left an update half done.
     """
 
@@ -99,6 +137,7 @@ class TrainStep:
         gradient_accumulation_steps: int,
         compile: bool,
         learning_rate: Callable[[int], float] | None,
+        native: NativeStep | None = None,
     ) -> None:
         self.model = model
         self.optimizer = optimizer
@@ -117,6 +156,8 @@ class TrainStep:
         self._device_type = self._parameters[0].device.type
         self._scaler = torch.amp.GradScaler(self._device_type, enabled=precision.needs_scaler)
         self._loss = torch.compile(self._eager_loss) if compile else self._eager_loss
+        self.native = native
+        self._native_update = native is not None and native_update_problem(optimizer) is None
 
     def _eager_loss(self, x: Tensor, y: Tensor) -> Tensor:
         with self.precision.autocast(self._device_type):
@@ -142,7 +183,14 @@ class TrainStep:
         if self._schedule is not None:
             rate = self._schedule(self.iteration)
             for group in self.optimizer.param_groups:
-                group["lr"] = rate
+                group["lr"] = rate * group.get("lr_scale", 1.0)
+        total = self._native_step(x, y) if self.native is not None else self._torch_step(x, y)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.iteration += 1
+        return total
+
+    def _torch_step(self, x: Tensor, y: Tensor) -> Tensor:
+        parts = self.gradient_accumulation_steps
         total: Tensor | None = None
         with self.precision.matmuls():
             for x_part, y_part in zip(x.chunk(parts), y.chunk(parts), strict=True):
@@ -158,9 +206,27 @@ class TrainStep:
             self._scaler.step(self.optimizer)
             self._scaler.update()
             self.updating = False
-        self.optimizer.zero_grad(set_to_none=True)
-        self.iteration += 1
         assert total is not None
+        return total
+
+    def _native_step(self, x: Tensor, y: Tensor) -> Tensor:
+        assert self.native is not None
+        parts = self.gradient_accumulation_steps
+        total = torch.zeros(())
+        for number, (x_part, y_part) in enumerate(zip(x.chunk(parts), y.chunk(parts), strict=True)):
+            total += self.native(x_part, y_part, scale=1.0 / parts, add=number > 0) / parts
+        if not self._native_update:
+            if self.grad_clip > 0.0:
+                self._clip()
+            self.updating = True
+            self.optimizer.step()
+        else:
+            self.updating = True
+            norms = self.native.update(self.optimizer, self.grad_clip)
+            if self.grad_clip > 0.0:
+                self.norm_names, self.grad_norms = self._names, norms
+                self.grad_norm = torch.linalg.vector_norm(norms)
+        self.updating = False
         return total
 
     @torch.no_grad()
@@ -177,7 +243,8 @@ class TrainStep:
     @property
     def learning_rate(self) -> float:
         """The learning rate of the last step."""
-        return float(self.optimizer.param_groups[0]["lr"])
+        group = self.optimizer.param_groups[0]
+        return float(group["lr"]) / float(group.get("lr_scale", 1.0))
 
     def state_dict(self) -> dict[str, Any]:
         """Everything but the weights that the next step depends on."""
@@ -196,7 +263,7 @@ class TrainStep:
         self.optimizer.load_state_dict(state["optimizer"])
         for parameter, kept in self.optimizer.state.items():
             for name, value in kept.items():
-                moment = name in ("exp_avg", "exp_avg_sq")
+                moment = name in ("exp_avg", "exp_avg_sq", "momentum_buffer")
                 if moment and not (isinstance(value, Tensor) and value.shape == parameter.shape):
                     raise ValueError(f"the optimiser's {name} is not of its parameter's shape")
         self.iteration = int(state["iteration"])
@@ -214,6 +281,7 @@ def make_train_step(
     precision: str | Precision = "auto",
     compile: bool = False,
     optimizer: torch.optim.Optimizer | None = None,
+    engine: Literal["auto", "native", "torch"] = "auto",
 ) -> TrainStep:
     """A training step for any model whose `model(x, y)` returns `(logits, loss)`.
 
@@ -227,6 +295,7 @@ def make_train_step(
         precision: auto, fp32, tf32, bf16, fp16, or a `Precision`.
         compile: whether the forward and backward pass are compiled.
         optimizer: in place of AdamW; then weight_decay and betas are its own.
+        engine: native takes the step in C++ code, for a `GPT` in float32 on a CPU; auto does where that serves.
 
     Raises:
         ConfigError: a value breaks a rule.
@@ -241,12 +310,15 @@ def make_train_step(
     if optimizer is None:
         start = learning_rate(0) if callable(learning_rate) else learning_rate
         optimizer = make_adamw(model, weight_decay=weight_decay, learning_rate=start, betas=betas)
+    chosen = choose_precision(precision, device) if isinstance(precision, str) else precision
+    native = choose_engine(engine, model, chosen, compile=compile).native
     return TrainStep(
         model,
         optimizer,
-        precision=choose_precision(precision, device) if isinstance(precision, str) else precision,
+        precision=chosen,
         grad_clip=grad_clip,
         gradient_accumulation_steps=gradient_accumulation_steps,
         compile=compile,
         learning_rate=schedule,
+        native=NativeStep(model) if native and isinstance(model, GPT) else None,
     )

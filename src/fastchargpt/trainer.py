@@ -21,10 +21,10 @@ from fastchargpt.evaluation import EVAL_TOKENS_PER_BATCH, evaluate
 from fastchargpt.faults import NumberWatch, first_not_finite, is_out_of_memory
 from fastchargpt.metrics import MetricsLogger
 from fastchargpt.model import GPT
-from fastchargpt.optim import learning_rate_at
+from fastchargpt.optim import learning_rate_at, make_optimizer
 from fastchargpt.precision import choose_device, choose_precision
 from fastchargpt.signals import StopSignals
-from fastchargpt.step import choose_compile, make_train_step
+from fastchargpt.step import choose_compile, choose_engine, make_train_step
 
 __all__ = ["TrainResult", "Trainer"]
 
@@ -103,15 +103,16 @@ class Trainer:
             device=self.device,
             seed=config.seed,
         )
+        self.engine = choose_engine(config.engine, self.model, self.precision, compile=self.compile.on)
         self.step = make_train_step(
             self.model,
+            optimizer=make_optimizer(self.model, config),
             learning_rate=lambda iteration: learning_rate_at(iteration, config),
-            weight_decay=config.weight_decay,
-            betas=(config.beta1, config.beta2),
             grad_clip=config.grad_clip,
             gradient_accumulation_steps=config.gradient_accumulation_steps,
             precision=self.precision,
             compile=self.compile.on,
+            engine="native" if self.engine.native else "torch",
         )
         self.val_loss = self.best_val_loss = math.inf
         self.best_iteration = 0
@@ -140,6 +141,7 @@ class Trainer:
             f"device {self.device}; precision {self.precision.name}: {self.precision.reason}",
             f"attention {attention}",
             f"compile {'on' if self.compile.on else 'off'}: {self.compile.reason}",
+            f"engine {'native' if self.engine.native else 'torch'}: {self.engine.reason}",
             *(["deterministic: the same bits in every run with this seed"] if config.deterministic else []),
         ]
 
@@ -169,7 +171,8 @@ class Trainer:
         since, steps_timed = time.perf_counter(), 0
         while True:
             at_end = step.iteration >= config.max_iters or config.eval_only
-            if (at_end or step.iteration % config.eval_interval == 0) and self._evaluated_at != step.iteration:
+            due = step.iteration % config.eval_interval == 0 and (step.iteration > 0 or config.eval_at_start)
+            if (at_end or due) and self._evaluated_at != step.iteration:
                 self._evaluate_and_save()
                 since, steps_timed = time.perf_counter(), 0
                 if config.target_val_loss is not None and self.val_loss <= config.target_val_loss:
@@ -221,8 +224,15 @@ class Trainer:
             block_size=block_size,
             precision=self.precision,
             max_batches=self._train_batches(),
+            native=self.step.native,
         )
-        val = evaluate(self.model, self._val_tokens, block_size=block_size, precision=self.precision)
+        val = evaluate(
+            self.model,
+            self._val_tokens,
+            block_size=block_size,
+            precision=self.precision,
+            native=self.step.native,
+        )
         if not math.isfinite(val.loss):
             raise TrainingError(
                 f"the validation loss is {val.loss} at step {iteration} (learning rate {self.step.learning_rate:.3g}): "
