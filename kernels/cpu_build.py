@@ -20,7 +20,7 @@ from ..errors import BackendUnavailableError
 __all__ = ["load"]
 
 FOLDER = Path(__file__).parent
-FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-shared", "-pthread")
+FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-std=c++17", "-fPIC", "-shared", "-pthread")
 
 
 @functools.cache

@@ -130,7 +130,7 @@ class NativeTrainer:
             raise IndexError(f"a token is outside the model's vocabulary of {self.vocab_size}")
         return loss.value
 
-    def update(self, updates: Sequence[Update], rules: Rules) -> Doubles:
+    def update(self, updates: ctypes.Array[Update], rules: Rules) -> Doubles:
         """Clip the gradients by their common norm and update every tensor; the norm of each gradient before that.
 
         Raises:
@@ -138,9 +138,7 @@ class NativeTrainer:
         """
         norms = np.empty(len(updates))
         with self._lock:
-            status = self._lib.ft_update(
-                self._handle, len(updates), (Update * len(updates))(*updates), ctypes.byref(rules), norms.ctypes.data
-            )
+            status = self._lib.ft_update(self._handle, len(updates), updates, ctypes.byref(rules), norms.ctypes.data)
         if status:
             raise MemoryError("there is no memory for the optimiser's scratch")
         return norms

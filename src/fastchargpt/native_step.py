@@ -109,6 +109,7 @@ class NativeStep:
         # one gradient for a weight that two layers share
         made = {id(weight): torch.empty_like(weight) for weight in self._weights if weight is not None}
         self._grads = [None if weight is None else made[id(weight)] for weight in self._weights]
+        self._plan: _UpdatePlan | None = None
 
     @torch.no_grad()
     def __call__(self, x: Tensor, y: Tensor, *, scale: float = 1.0, add: bool = False) -> Tensor:
@@ -142,56 +143,9 @@ class NativeStep:
         Returns:
             The norm of each weight's gradient before clipping, (weights,) float32, in the order of the groups.
         """
-        updates: list[Update] = []
-        owners: list[int] = []
-        rules = Rules(clip=grad_clip, momentum=0.0)
-        number = 0
-        for group in optimizer.param_groups:
-            muon = group.get("muon", False)
-            for weight in group["params"]:
-                if muon:
-                    assert isinstance(optimizer, Muon)
-                    rules.momentum = group["momentum"]
-                    first, second = optimizer.prepare(weight, group)["momentum_buffer"], None
-                    rows = optimizer.blocks(weight)
-                else:
-                    first, second = self._moments(optimizer, weight, group, rules)
-                    rows = (1,)
-                columns = weight.numel() // sum(rows)
-                at = 0
-                for count in rows:
-                    updates.append(
-                        Update(
-                            *(None if t is None else t.data_ptr() + 4 * at for t in (weight, weight.grad, first, second)),
-                            count,
-                            columns,
-                            group["lr"],
-                            group["weight_decay"],
-                            shape_factor(count, columns),
-                        )
-                    )
-                    owners.append(number)
-                    at += count * columns
-                number += 1
-        norms = self._native.update(updates, rules)
-        squares = torch.zeros(number, dtype=torch.float64)
-        squares.index_add_(0, torch.tensor(owners), torch.from_numpy(norms).square())
-        return squares.sqrt().float()
-
-    def _moments(
-        self, optimizer: torch.optim.Optimizer, weight: Tensor, group: dict[str, Any], rules: Rules
-    ) -> tuple[Tensor, Tensor]:
-        """AdamW's moments of a weight, begun if need be; counts the step."""
-        state = optimizer.state[weight]
-        if not state:
-            state["step"] = torch.zeros((), dtype=torch.float32)
-            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(weight), torch.zeros_like(weight)
-        state["step"] += 1
-        count = float(state["step"])
-        rules.beta1, rules.beta2 = group["betas"]
-        rules.eps = group["eps"]
-        rules.correction1, rules.correction2 = 1.0 - rules.beta1**count, 1.0 - rules.beta2**count
-        return state["exp_avg"], state["exp_avg_sq"]
+        if self._plan is None or not self._plan.holds(optimizer):
+            self._plan = _UpdatePlan(optimizer)
+        return self._plan.run(self._native, grad_clip)
 
     def _check(self, x: Tensor) -> None:
         limit = self.model.config.block_size
@@ -199,3 +153,72 @@ class NativeStep:
             raise ConfigError(
                 f"a sequence of {x.shape[1]} tokens does not fit in block_size {limit}: crop it to the last {limit}"
             )
+
+
+class _UpdatePlan:
+    """An optimiser's tensors as the native update takes them, laid out once: only the learning rates change."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self._optimizer = optimizer
+        self._rules = Rules(momentum=0.0, correction1=1.0, correction2=1.0)
+        self._steps: list[Tensor] = []
+        self._owners: list[int] = []  # of each entry, its weight's number
+        self._groups: list[dict[str, Any]] = []  # and its group
+        updates: list[Update] = []
+        weights = [(weight, group) for group in optimizer.param_groups for weight in group["params"]]
+        self._count = len(weights)
+        for number, (weight, group) in enumerate(weights):
+            rows, first, second = self._state(weight, group)
+            columns = weight.numel() // sum(rows)
+            tensors = [weight, weight.grad, first, second]
+            at = 0
+            for count in rows:
+                addresses = [None if tensor is None else tensor.data_ptr() + 4 * at for tensor in tensors]
+                updates.append(Update(*addresses, count, columns, 0.0, 0.0, shape_factor(count, columns)))
+                self._owners.append(number)
+                self._groups.append(group)
+                at += count * columns
+        self._updates = (Update * len(updates))(*updates)
+        self._addresses = self._now()
+        self._index = torch.tensor(self._owners)
+
+    def _state(self, weight: Tensor, group: dict[str, Any]) -> tuple[tuple[int, ...], Tensor, Tensor | None]:
+        """The rows of the weight's parts and its moments, begun if need be."""
+        if isinstance(self._optimizer, Muon):
+            state = self._optimizer.prepare(weight, group)
+            if group["muon"]:
+                self._rules.momentum = group["momentum"]
+                return self._optimizer.blocks(weight), state["momentum_buffer"], None
+        else:
+            state = self._optimizer.state[weight]
+            if not state:
+                state["step"] = torch.zeros((), dtype=torch.float32)
+                state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(weight), torch.zeros_like(weight)
+        self._rules.beta1, self._rules.beta2 = group["betas"]
+        self._rules.eps = group["eps"]
+        self._steps.append(state["step"])
+        return (1,), state["exp_avg"], state["exp_avg_sq"]
+
+    def _now(self) -> list[int]:
+        tensors = [weight for group in self._optimizer.param_groups for weight in group["params"]]
+        tensors += [tensor for state in self._optimizer.state.values() for tensor in state.values()]
+        return [tensor.data_ptr() for tensor in tensors]
+
+    def holds(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Whether the optimiser still has the tensors it had: loading a state replaces them."""
+        return optimizer is self._optimizer and self._addresses == self._now()
+
+    def run(self, native: NativeTrainer, grad_clip: float) -> Tensor:
+        """Take the step; the norm of each weight's gradient."""
+        rules = self._rules
+        rules.clip = grad_clip
+        if self._steps:
+            torch._foreach_add_(self._steps, 1)
+            count = float(self._steps[0])
+            rules.correction1, rules.correction2 = 1.0 - rules.beta1**count, 1.0 - rules.beta2**count
+        for update, group in zip(self._updates, self._groups, strict=True):
+            update.rate, update.decay = group["lr"], group["weight_decay"]
+            if group.get("muon"):
+                rules.momentum = group["momentum"]
+        squares = torch.from_numpy(native.update(self._updates, rules)).square_()
+        return torch.zeros(self._count, dtype=torch.float64).index_add_(0, self._index, squares).sqrt_().float()
