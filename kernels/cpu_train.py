@@ -52,8 +52,7 @@ class Rules(ctypes.Structure):
     """What is common to all tensors: cpu_optim.h's Rules."""
 
     _fields_ = tuple(
-        (name, ctypes.c_double)
-        for name in ("clip", "beta1", "beta2", "eps", "correction1", "correction2", "momentum")
+        (name, ctypes.c_double) for name in ("clip", "beta1", "beta2", "eps", "correction1", "correction2", "momentum")
     )
 
 

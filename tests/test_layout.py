@@ -31,6 +31,7 @@ STAGES = [
     ["layers", "bigram"],
     ["model"],
     ["optim", "precision"],
+    ["native_step"],
     ["step", "evaluation"],
     ["checkpoint"],
     ["faults", "trainer", "loading"],

@@ -16,7 +16,7 @@ from fastchargpt.decode import TorchEngine
 from fastchargpt.engines import EngineConfig, make_engine
 from fastchargpt.errors import BackendUnavailableError, SamplingError
 from fastchargpt.generation import generate_tokens
-from fastchargpt.kernels import cpu_decode
+from fastchargpt.kernels import cpu_build, cpu_decode
 from fastchargpt.native import NativeEngine, native_problem
 from fastchargpt.sampling import Sampler, SamplingConfig
 
@@ -217,18 +217,23 @@ def test_a_forked_child_can_generate():
 @pytest.fixture
 def unbuilt(monkeypatch, tmp_path):
     """A process in which nothing was built yet, with an empty cache."""
-    monkeypatch.setattr(cpu_decode, "_problem", [])
+    monkeypatch.setattr(cpu_build, "_problems", {})
     monkeypatch.setattr(engines_module, "_said", set())
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(cpu_decode.tempfile, "gettempdir", lambda: str(tmp_path / "temporary"))
+    monkeypatch.setattr(cpu_build.tempfile, "gettempdir", lambda: str(tmp_path / "temporary"))
     # a library of the same names that compiles in no time
     names = ("fc_new", "fc_free", "fc_attach", "fc_step", "fc_draw", "fc_speculate")
-    source = tmp_path / "stub.cpp"
+    source = tmp_path / "cpu_decode.cpp"
     source.write_text("".join(f'extern "C" int {name}() {{ return 0; }}\n' for name in names))
-    monkeypatch.setattr(cpu_decode, "SOURCE", source)
-    cpu_decode.library.cache_clear()
+    monkeypatch.setattr(cpu_build, "FOLDER", tmp_path)
+    _forget()
     yield tmp_path
+    _forget()
+
+
+def _forget():
     cpu_decode.library.cache_clear()
+    cpu_build.load.cache_clear()
 
 
 @pytest.mark.parametrize("broken", ["no compiler", "it fails", "CXX names nothing"])
@@ -262,11 +267,11 @@ def test_without_a_compiler_decoding_goes_on_in_torch_and_says_why_once(unbuilt,
 def test_it_is_built_once_and_found_again(unbuilt, monkeypatch):
     made = []
     run = subprocess.run
-    monkeypatch.setattr(cpu_decode.subprocess, "run", lambda *args, **kwargs: made.append(args) or run(*args, **kwargs))
+    monkeypatch.setattr(cpu_build.subprocess, "run", lambda *args, **kwargs: made.append(args) or run(*args, **kwargs))
     cpu_decode.library()
     built = [args for (args, *_) in made if "-o" in args]
     assert len(built) == 1
-    cpu_decode.library.cache_clear()
+    _forget()
     cpu_decode.library()
     assert len([args for (args, *_) in made if "-o" in args]) == 1
     assert [path.suffix for path in (unbuilt / "cache" / "fastchargpt").iterdir()] == [".so"]

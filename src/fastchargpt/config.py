@@ -259,7 +259,16 @@ class TrainConfig:
         _check_types(self)
         for name in ("batch_size", "gradient_accumulation_steps", "eval_interval", "eval_iters", "log_interval"):
             _check(getattr(self, name) >= 1, f"{name} must be at least 1, not {getattr(self, name)}")
-        for name in ("max_iters", "warmup_iters", "learning_rate", "min_lr", "weight_decay", "grad_clip", "seed", "matrix_learning_rate"):
+        for name in (
+            "max_iters",
+            "warmup_iters",
+            "learning_rate",
+            "min_lr",
+            "weight_decay",
+            "grad_clip",
+            "seed",
+            "matrix_learning_rate",
+        ):
             _check(getattr(self, name) >= 0, f"{name} must not be negative, and it is {getattr(self, name)}")
         for name in ("beta1", "beta2", "momentum"):
             _check(0.0 <= getattr(self, name) < 1.0, f"{name} must be in [0, 1), not {getattr(self, name)}")

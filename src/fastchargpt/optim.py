@@ -73,8 +73,8 @@ def shape_factor(rows: int, columns: int) -> float:
 class Muon(torch.optim.Optimizer):
     """Muon (https://kellerjordan.github.io/posts/muon) for matrices, AdamW for everything else.
 
-    A matrix's momentum is orthogonalised before it is applied. Matrices that lie stacked in one weight, as queries, keys
-    and values do, are orthogonalised one by one.
+    A matrix's momentum is orthogonalised before it is applied. Matrices that lie stacked in one weight, as queries,
+    keys and values do, are orthogonalised one by one.
 
     Args:
         matrices: weights (R, C), each with the rows of the matrices stacked in it.
@@ -88,7 +88,7 @@ class Muon(torch.optim.Optimizer):
 
     def __init__(
         self,
-        matrices: Sequence[tuple[nn.Parameter, tuple[int, ...]]],
+        matrices: Sequence[tuple[Tensor, tuple[int, ...]]],
         others: Sequence[dict[str, Any]],
         *,
         lr: float,
@@ -128,7 +128,7 @@ class Muon(torch.optim.Optimizer):
 
     def prepare(self, weight: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
         """A weight's state, begun if need be."""
-        state = self.state[weight]
+        state: dict[str, Tensor] = self.state[weight]
         if not state:
             if group["muon"]:
                 state["momentum_buffer"] = torch.zeros_like(weight)
@@ -186,7 +186,7 @@ def make_muon(
     momentum: float = 0.95,
 ) -> Muon:
     """Muon for the matrices of a GPT's blocks; AdamW for its embeddings and head, without decay, and its vectors."""
-    matrices: list[tuple[nn.Parameter, tuple[int, ...]]] = []
+    matrices: list[tuple[Tensor, tuple[int, ...]]] = []
     for block in model.transformer.h:
         assert isinstance(block, Block)
         attention = block.attn
