@@ -35,13 +35,15 @@ class ForeignReaders:
 
         torch.manual_seed(1)
         self.foreign: dict[str, dict[str, bytes]] = {}
+        tanh = GPTConfig(**SHAPE, activation="gelu_tanh")
         for kind, family in (
             ("nanogpt", "nanogpt"),
             ("lecture", "lecture"),
             ("hf", "nanogpt"),
             ("safetensors", "modern"),
+            ("gguf", ""),
         ):
-            model = GPT(GPTConfig.family(family, **SHAPE))
+            model = GPT(tanh if kind == "gguf" else GPTConfig.family(family, **SHAPE))
             checkpoint = Checkpoint(
                 model_config=model.config, weights=model.state_dict(), tokenizer_json=CharTokenizer(CHARS).to_json()
             )
@@ -49,6 +51,10 @@ class ForeignReaders:
             write(checkpoint, path, kind, [], home=path)
             files = sorted(path.iterdir()) if path.is_dir() else [path]
             self.foreign[kind] = {file.name: file.read_bytes() for file in files}
+
+        # where the tensors begin: the rest of the file is numbers, any of which are weights
+        weights = sum(tensor.numel() * 4 for tensor in GPT(tanh).parameters())
+        self.gguf_header = len(self.foreign["gguf"]["whole-gguf"]) - weights
 
     def read_nanogpt_checkpoint(self, choose: random.Random) -> None:
         files = dict(self.foreign["nanogpt"])
@@ -79,6 +85,22 @@ class ForeignReaders:
         self._read_folder(
             "safetensors", {"model.safetensors": mutated_safetensors(choose, data, inside=True)}, "model.safetensors"
         )
+
+    def read_gguf(self, choose: random.Random) -> None:
+        data = bytearray(self.foreign["gguf"]["whole-gguf"])
+        header = self.gguf_header
+        kind = choose.randrange(4)
+        if kind == 0:
+            data[:] = mutated_bytes(choose, bytes(data))
+        elif kind == 1:  # the header alone, in a file whose tensors are where they were
+            data[:header] = mutated_bytes(choose, bytes(data[:header]))[:header].ljust(header, b"\0")
+        else:  # numbers: counts, lengths, types, offsets
+            for _ in range(choose.choice([1, 1, 2, 4])):
+                at = 4 * choose.randrange(header // 4) if choose.random() < 0.3 else choose.randrange(header)
+                size = choose.choice([4, 8])
+                number = choose.choice([0, 1, 2, 8, 9, 12, 28, 31, 255, 2**16, 2**31, 2**32 - 1, 2**62, 2**64 - 1])
+                data[at : at + size] = (number % 256**size).to_bytes(size, "little")
+        self._read_folder("gguf", {"model.gguf": bytes(data)}, "model.gguf")
 
     def _torch_file(self, choose: random.Random, data: bytes, parts: list[str]) -> bytes:
         """A file of torch.save: its bytes changed, what is inside its archive, or the value that was saved."""

@@ -32,6 +32,7 @@ CONFIGS = {
     "nanogpt": GPTConfig(**SHAPE, bias=False),
     "biased": GPTConfig(**SHAPE, dropout=0.1),
     "gpt2": GPTConfig(**SHAPE, activation="gelu_tanh"),
+    "gpt2, bare and untied": GPTConfig(**SHAPE, activation="gelu_tanh", bias=False, tie_weights=False),
     "untied": GPTConfig(**SHAPE, tie_weights=False, bias=False, activation="relu2"),
     "odd biases": GPTConfig(**SHAPE, bias=False, qkv_bias=True),
     "lecture": GPTConfig.family("lecture", **SHAPE),
@@ -41,9 +42,11 @@ EXPRESSES = {
     "fastchargpt": set(CONFIGS),
     "safetensors": set(CONFIGS),
     "nanogpt": {"nanogpt", "biased", "odd biases"},
-    "hf": {"nanogpt", "biased", "gpt2", "untied", "odd biases"},
+    "hf": {"nanogpt", "biased", "gpt2", "gpt2, bare and untied", "untied", "odd biases"},
+    "gguf": {"gpt2", "gpt2, bare and untied"},
     "lecture": {"lecture"},
 }
+ENDINGS = {"lecture": ".pt", "safetensors": ".safetensors", "gguf": ".gguf"}
 PAIRS = [(a, b, name) for a in FORMATS for b in FORMATS for name in CONFIGS if name in EXPRESSES[a] & EXPRESSES[b]]
 
 
@@ -63,8 +66,7 @@ def example(name: str) -> Checkpoint:
 
 def put(name: str, kind: str, folder: Path) -> Path:
     """The example in a format."""
-    suffix = {"lecture": ".pt", "safetensors": ".safetensors"}.get(kind, "")
-    path = folder / f"{name}-{kind}{suffix}"
+    path = folder / f"{name}-{kind}{ENDINGS.get(kind, '')}"
     write(example(name), path, kind, [], home=path)
     return path
 
@@ -83,11 +85,9 @@ def logits(checkpoint: Checkpoint) -> Tensor:
 def test_there_and_back(source: str, target: str, name: str, tmp_path: Path) -> None:
     first = put(name, source, tmp_path)
     assert detect(first) == source
-    there, back = tmp_path / "there", tmp_path / "back"
-    done = convert(first, there.with_suffix(".safetensors") if target == "safetensors" else there, to=target)  # type: ignore[arg-type]
+    there, back = (tmp_path / f"{name}{ENDINGS.get(kind, '')}" for name, kind in (("there", target), ("back", source)))
+    done = convert(first, there, to=target)  # type: ignore[arg-type]
     assert (done.source_format, done.target_format) == (source, target)
-    there = there.with_suffix(".safetensors") if target == "safetensors" else there
-    back = back.with_suffix(".safetensors") if source == "safetensors" else back
     convert(there, back, to=source)  # type: ignore[arg-type]
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted({first.name, there.name, back.name})
     for kind, path in ((source, first), (target, there), (source, back)):

@@ -16,7 +16,7 @@ COUNT = int(os.environ.get("FASTCHARGPT_FUZZ", "1000"))
 SEED = int(os.environ.get("FASTCHARGPT_SOAK_SEED", "0"))
 
 READERS = {
-    *("checkpoint_bytes", "config_dict", "config_signed", "hf_folder", "lecture", "meta_pickle", "metrics"),
+    *("checkpoint_bytes", "config_dict", "config_signed", "gguf", "hf_folder", "lecture", "meta_pickle", "metrics"),
     *("nanogpt_checkpoint", "nanogpt_folder", "plain_safetensors", "safetensors", "text", "tokenizer", "trainer_state"),
 }
 
