@@ -20,7 +20,8 @@ from typing import Any
 
 from fuzz_readers import Readers
 
-SECONDS_PER_INPUT = 5
+SECONDS_PER_INPUT = 5  # of the process's own: a busy machine may keep it waiting for longer
+SECONDS_WAITING = 120  # for whatever makes no progress without computing
 MEMORY_BYTES = 1 << 30  # beside what the process has before the first input
 
 
@@ -63,10 +64,12 @@ def work(seed: int, first: int, count: int, folder: Path) -> None:
     slowest = 0.0
     for number in range(first, first + count):
         progress[:] = number.to_bytes(8, "little")
-        signal.setitimer(signal.ITIMER_REAL, SECONDS_PER_INPUT)  # nobody handles it: the process dies of it
+        signal.setitimer(signal.ITIMER_PROF, SECONDS_PER_INPUT)  # nobody handles it: the process dies of it
+        signal.setitimer(signal.ITIMER_REAL, SECONDS_WAITING)
         start = time.process_time()
         name, outcome = run_one(readers, seed, number)
         slowest = max(slowest, time.process_time() - start)
+        signal.setitimer(signal.ITIMER_PROF, 0)
         signal.setitimer(signal.ITIMER_REAL, 0)
         if outcome not in ("read", "refused"):
             print(json.dumps({"number": number, "reader": name, "finding": outcome}), flush=True)
@@ -98,6 +101,7 @@ def campaign(seed: int, count: int, folder: Path) -> dict[str, Any]:
             break
         died = int.from_bytes((folder / "progress").read_bytes(), "little")
         findings.append({"number": died, "finding": f"died with status {done.returncode}: {done.stderr[-600:]}"})
+        print(f"soak: {findings[-1]}", flush=True)
         if len(findings) > 200:
             break
         first = died + 1

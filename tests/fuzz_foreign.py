@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,8 @@ class ForeignReaders:
                 model_config=model.config, weights=model.state_dict(), tokenizer_json=CharTokenizer(CHARS).to_json()
             )
             path = self.folder / f"whole-{kind}"
+            if path.is_dir():  # of the process before, which died of its input
+                shutil.rmtree(path)
             write(checkpoint, path, kind, [], home=path)
             files = sorted(path.iterdir()) if path.is_dir() else [path]
             self.foreign[kind] = {file.name: file.read_bytes() for file in files}

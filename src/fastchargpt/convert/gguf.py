@@ -108,7 +108,7 @@ class _Reader:
             raise ValueError(f"an alignment of {alignment!r:.40}")
         start = _aligned(self.at, alignment)
         # each tensor has its own numbers: many that share theirs would fill the memory
-        if sum(size for *_, size in infos) > len(self.data) - start:
+        if sum(size for *_, size in infos) > max(0, len(self.data) - start):
             raise ValueError("its tensors claim more bytes than it has")
         tensors: dict[str, Tensor] = {}
         for name, shape, dtype, offset, size in infos:

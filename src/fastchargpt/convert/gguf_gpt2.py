@@ -129,7 +129,7 @@ def _their_name(name: str) -> str:
 
 
 def _our_name(name: str, source: Path) -> str:
-    found = re.fullmatch(r"(?:blk\.(\d{1,6})\.)?(\w+)\.(weight|bias)", name)
+    found = re.fullmatch(r"(?:blk\.(0|[1-9]\d{0,5})\.)?(\w+)\.(weight|bias)", name)
     parts = PARTS if found is None or found[1] is None else BLOCK_PARTS
     if found is None or found[2] not in parts:
         raise CheckpointError(
