@@ -101,6 +101,30 @@ def test_prompt_from_file_and_stdin(
     assert capsys.readouterr().out.startswith("not to")
 
 
+def test_characters_outside_the_vocabulary(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sample = ["sample", str(trained), "--max_new_tokens=8", "--seed=1"]
+    refused = told(capsys, [*sample, "--prompt", "be @ home"])
+    assert "'@'" in refused
+    assert "read it as ' '" in refused
+    assert "--unknown replace" in refused
+    assert main([*sample, "--prompt", "be @ home", "--unknown", "replace"]) == 0
+    replaced = capsys.readouterr().out
+    assert replaced.startswith("be @ home")
+    assert main([*sample, "--prompt", "be   home"]) == 0  # the stand-in is a space here
+    assert capsys.readouterr().out.removeprefix("be   home") == replaced.removeprefix("be @ home")
+    assert "'@'" in told(capsys, [*sample, "--prompt", "be @ home", "--unknown=error"])
+    assert "replcae" in told(capsys, [*sample, "--unknown=replcae"])
+    for name, words in (("odd.txt", TEXT.replace("q", "@")), ("plain.txt", TEXT.replace("q", " "))):
+        (tmp_path / name).write_text(words, encoding="utf-8")
+    evaluate = ["eval", str(trained), "--json", "--data"]
+    assert "--unknown replace" in told(capsys, [*evaluate, str(tmp_path / "odd.txt")])
+    losses = []
+    for name in ("odd.txt", "plain.txt"):
+        assert main([*evaluate, str(tmp_path / name), "--unknown=replace"]) == 0
+        losses.append(json.loads(capsys.readouterr().out)["loss"])
+    assert losses[0] == losses[1]
+
+
 def test_nanogpts_spellings(text: Path, tmp_path: Path) -> None:
     words = [
         "--dropout=0",
