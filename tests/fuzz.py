@@ -4,6 +4,7 @@
 `campaign` starts such processes, and goes on behind the input that one of them died of.
 """
 
+import faulthandler
 import json
 import mmap
 import os
@@ -60,17 +61,19 @@ def work(seed: int, first: int, count: int, folder: Path) -> None:
     with (folder / "progress").open("r+b") as file:
         progress = mmap.mmap(file.fileno(), 8)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    faulthandler.enable()
+    faulthandler.register(signal.SIGPROF, chain=True)
     outcomes: Counter[str] = Counter()
     slowest = 0.0
     for number in range(first, first + count):
         progress[:] = number.to_bytes(8, "little")
-        signal.setitimer(signal.ITIMER_PROF, SECONDS_PER_INPUT)  # nobody handles it: the process dies of it
-        signal.setitimer(signal.ITIMER_REAL, SECONDS_WAITING)
+        signal.setitimer(signal.ITIMER_PROF, SECONDS_PER_INPUT)  # the process says where it is, and dies of it
+        faulthandler.dump_traceback_later(SECONDS_WAITING, exit=True)
         start = time.process_time()
         name, outcome = run_one(readers, seed, number)
         slowest = max(slowest, time.process_time() - start)
         signal.setitimer(signal.ITIMER_PROF, 0)
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        faulthandler.cancel_dump_traceback_later()
         if outcome not in ("read", "refused"):
             print(json.dumps({"number": number, "reader": name, "finding": outcome}), flush=True)
             outcome = "finding"
@@ -89,7 +92,16 @@ def campaign(seed: int, count: int, folder: Path) -> dict[str, Any]:
     environment = {**os.environ, "FASTCHARGPT_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     while first < end:
         (folder / "progress").write_bytes(first.to_bytes(8, "little"))
-        command = [sys.executable, str(Path(__file__).resolve()), str(seed), str(first), str(end - first), str(folder)]
+        command = [
+            sys.executable,
+            "-W",
+            "ignore",
+            str(Path(__file__).resolve()),
+            str(seed),
+            str(first),
+            str(end - first),
+            str(folder),
+        ]
         with (folder / f"outcome-{first}.jsonl").open("w+") as said:  # to be looked at while it grows
             done = subprocess.run(command, stdout=said, stderr=subprocess.PIPE, text=True, env=environment)
             said.seek(0)
@@ -100,7 +112,7 @@ def campaign(seed: int, count: int, folder: Path) -> dict[str, Any]:
             slowest, grown = max(slowest, lines[-1]["slowest_s"]), max(grown, lines[-1]["grown_mib"])
             break
         died = int.from_bytes((folder / "progress").read_bytes(), "little")
-        findings.append({"number": died, "finding": f"died with status {done.returncode}: {done.stderr[-600:]}"})
+        findings.append({"number": died, "finding": f"died with status {done.returncode}: {done.stderr[-1500:]}"})
         print(f"soak: {findings[-1]}", flush=True)
         if len(findings) > 200:
             break

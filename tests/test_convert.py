@@ -211,6 +211,15 @@ def test_tokenizers_for_hugging_face(tokenizer: Any, tmp_path: Path) -> None:
         read_vocabulary(path)
 
 
+@pytest.mark.parametrize("vocab", [[], [10**30], ["a"], [[0]], {"a": 1}, {"a": "b"}, {"ab": 0}, 3, None], ids=str)
+@pytest.mark.parametrize("kind", ["WordLevel", "BPE"])
+def test_odd_vocabularies_for_hugging_face(vocab: Any, kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "tokenizer.json"
+    model = {"type": kind, "vocab": vocab, "merges": [["a", "b"]], "unk_token": "?"}
+    path.write_text(json.dumps({"model": model}))
+    assert from_hugging_face(path) is None
+
+
 def test_a_vocabulary_by_name(tmp_path: Path) -> None:
     lecture = put("lecture", "lecture", tmp_path)
     (tmp_path / "input.txt").write_text(CHARS * 3, encoding="utf-8")
@@ -353,6 +362,8 @@ HOSTILE: dict[str, tuple[Callable[[Path], bytes], str]] = {
     ),
     "heads that do not fit": (lambda _: zipped(arguments(n_head=3)), "n_embd must be a multiple of n_head"),
     "a text as size": (lambda _: zipped(arguments(n_embd="16")), "n_embd must be a whole number"),
+    "a tensor as size": (lambda _: zipped(arguments(n_embd=torch.ones(2, 2))), "has a Tensor for the model argument"),
+    "sizes beyond every memory": (lambda _: zipped(arguments(n_embd=2**32, n_head=1)), "beyond every memory"),
     "a fork's argument": (lambda _: zipped(arguments(rotary=True)), "model argument 'rotary'"),
 }
 

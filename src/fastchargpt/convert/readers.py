@@ -91,6 +91,9 @@ def _read_nanogpt(source: Path, notes: list[str]) -> Checkpoint:
             raise CheckpointError(
                 f"{path} has the model argument {name!r:.60}, which nanoGPT's model does not: it is a fork's"
             )
+        if not isinstance(fields[name], int | float | str):
+            kind = type(fields[name]).__name__
+            raise CheckpointError(f"{path} has a {kind} for the model argument {name}: it is damaged")
     try:
         config = config_from_dict(GPTConfig, fields)
     except ConfigError as error:
