@@ -18,7 +18,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "epochs, accumulation, wsd": dict(order="epochs", gradient_accumulation_steps=2, schedule="wsd"),
     "random, cosine": dict(),
     "random, accumulation, linear, clipped": dict(gradient_accumulation_steps=3, schedule="linear", grad_clip=0.05),
-    "epochs, constant, patience": dict(order="epochs", schedule="constant", patience=30),
+    "epochs, constant, patience": dict(order="epochs", schedule="constant", patience=5 * COUNT or 30),
     "random, a save at every step": dict(eval_interval=1),
 }
 

@@ -15,7 +15,7 @@ import torch
 from fastchargpt.checkpoint import load_checkpoint
 from fastchargpt.config import GPTConfig, TrainConfig
 from fastchargpt.corpus import Corpus
-from fastchargpt.errors import CheckpointError, TrainingError
+from fastchargpt.errors import CheckpointError, OutDirError, TrainingError
 from fastchargpt.evaluation import evaluate
 from fastchargpt.loading import load
 from fastchargpt.metrics import JsonlMetrics, read_metrics
@@ -236,6 +236,30 @@ with StopSignals() as signals:
     assert process.stdout.readline() == f"{number.name}\n"
     process.send_signal(number)
     assert process.wait(timeout=10) == 128 + number
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a limit on file sizes")
+def test_metrics_on_a_full_disk(tmp_path: Path) -> None:
+    import resource
+
+    path = tmp_path / "metrics.jsonl"
+    metrics = JsonlMetrics(path)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (150, before[1]))
+        for step in range(3):
+            metrics.log({"loss": 4.0, "lr": 0.001}, step=step)
+        with pytest.raises(OutDirError, match=r"metrics\.jsonl cannot be written \(.*\): free some space"):
+            metrics.log({"loss": 4.0, "lr": 0.001}, step=3)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert path.stat().st_size == 150  # the last line is cut in two
+    assert [row["step"] for row in read_metrics(path)] == [0, 1, 2]
+    JsonlMetrics(path, resume_step=3).log({"loss": 3.0}, step=3)
+    assert [row["step"] for row in read_metrics(path)] == [0, 1, 2, 3]
+    assert path.read_text(encoding="utf-8").count("\n") == 4
 
 
 def test_metrics_survive_a_cut_line_and_a_resume(tmp_path: Path) -> None:
