@@ -266,6 +266,7 @@ def test_cut_off_anywhere(tmp_path: Path) -> None:
         ({"gpt2.context_length": 25}, r"transformer.wpe.weight has the shape \(24, 32\)"),
         ({"gpt2.attention.head_count": 5}, "n_embd must be a multiple of n_head"),
         ({"gpt2.attention.layer_norm_epsilon": 1e-6}, "layer_norm_epsilon=1e-06|layer_norm_epsilon=9.9"),
+        ({"gpt2.attention.layer_norm_epsilon": float("nan")}, "layer_norm_epsilon=nan"),
         ({"gpt2.feed_forward_length": 64}, "feed_forward_length=64"),
         ({"fastchargpt.tokenizer": "x"}, "no usable vocabulary"),
         ({"fastchargpt.tokenizer": '{"kind": "byte"}'}, "no usable vocabulary|256 tokens and the model 13"),

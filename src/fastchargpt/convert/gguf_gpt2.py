@@ -88,7 +88,7 @@ def gguf_to_weights(source: Path) -> tuple[GPTConfig, dict[str, Tensor], Tokeniz
             f"{source} has general.architecture={architecture!r:.40}, and fastchargpt reads the models of 'gpt2' alone"
         )
     epsilon = fields.get("gpt2.attention.layer_norm_epsilon")
-    if not isinstance(epsilon, float) or abs(epsilon - NORM_EPSILON) > 1e-9:
+    if not isinstance(epsilon, float) or not abs(epsilon - NORM_EPSILON) < 1e-9:  # NaN is none either
         raise CheckpointError(f"{source} has layer_norm_epsilon={epsilon!r:.40}, and our model computes 1e-05 alone")
     width = fields.get("gpt2.embedding_length")
     inner = fields.get("gpt2.feed_forward_length")
