@@ -157,6 +157,34 @@ def test_target_and_patience_stop_early() -> None:
     assert (stuck.stopped, stuck.iterations) == ("patience", 30)
 
 
+def test_a_run_that_stopped_early_is_over_when_it_is_resumed(tmp_path: Path) -> None:
+    # killed between its last save and its end, it must not take more steps than one that was left alone
+    for name, fields in (
+        ("patience", dict(learning_rate=0.0, min_lr=0.0, patience=3, max_iters=1000)),
+        ("target", dict(target_val_loss=9.9, max_iters=1000)),
+    ):
+        ended = []
+        for life in range(2):
+            trainer = Trainer(
+                MODEL,
+                dataclasses.replace(CONFIG, **fields),  # type: ignore[arg-type]
+                corpus(),
+                out_dir=tmp_path / name,
+                log=lambda _: None,
+            )
+            if life:
+                trainer.resume()
+            ended.append(dataclasses.replace(trainer.run(), seconds=0))
+        assert ended[0].stopped == name
+        assert ended[1] == ended[0]
+        longer = dataclasses.replace(CONFIG, **{**fields, "patience": 5, "target_val_loss": None})  # type: ignore[arg-type]
+        trainer = Trainer(
+            MODEL, dataclasses.replace(longer, max_iters=40), corpus(), out_dir=tmp_path / name, log=print
+        )
+        trainer.resume()
+        assert trainer.run().iterations > ended[0].iterations
+
+
 def test_lines_that_people_parse() -> None:
     lines: list[str] = []
     Trainer(MODEL, dataclasses.replace(CONFIG, max_iters=2), corpus(), log=lines.append).run()
