@@ -6,10 +6,14 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
+from fastchargpt.checkpoint import load_checkpoint
 from fastchargpt.cli import main
 from fastchargpt.metrics import read_metrics
 
@@ -99,6 +103,30 @@ def test_prompt_from_file_and_stdin(
     monkeypatch.setattr("sys.stdin", io.StringIO("not to"))
     assert main(["sample", str(trained), "--prompt-file=-", "--max_new_tokens=3"]) == 0
     assert capsys.readouterr().out.startswith("not to")
+
+
+def test_characters_outside_the_vocabulary(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sample = ["sample", str(trained), "--max_new_tokens=8", "--seed=1"]
+    refused = told(capsys, [*sample, "--prompt", "be @ home"])
+    assert "'@'" in refused
+    assert "read it as ' '" in refused
+    assert "--unknown replace" in refused
+    assert main([*sample, "--prompt", "be @ home", "--unknown", "replace"]) == 0
+    replaced = capsys.readouterr().out
+    assert replaced.startswith("be @ home")
+    assert main([*sample, "--prompt", "be   home"]) == 0  # the stand-in is a space here
+    assert capsys.readouterr().out.removeprefix("be   home") == replaced.removeprefix("be @ home")
+    assert "'@'" in told(capsys, [*sample, "--prompt", "be @ home", "--unknown=error"])
+    assert "replcae" in told(capsys, [*sample, "--unknown=replcae"])
+    for name, words in (("odd.txt", TEXT.replace("q", "@")), ("plain.txt", TEXT.replace("q", " "))):
+        (tmp_path / name).write_text(words, encoding="utf-8")
+    evaluate = ["eval", str(trained), "--json", "--data"]
+    assert "--unknown replace" in told(capsys, [*evaluate, str(tmp_path / "odd.txt")])
+    losses = []
+    for name in ("odd.txt", "plain.txt"):
+        assert main([*evaluate, str(tmp_path / name), "--unknown=replace"]) == 0
+        losses.append(json.loads(capsys.readouterr().out)["loss"])
+    assert losses[0] == losses[1]
 
 
 def test_nanogpts_spellings(text: Path, tmp_path: Path) -> None:
@@ -255,6 +283,59 @@ def test_mistakes_in_out_dirs(text: Path, trained: Path, tmp_path: Path, capsys:
     assert "cannot be written" in told(capsys, [*words, "--out-dir", str(tmp_path / "file" / "out")])
     assert "does not exist" in told(capsys, ["train", "--resume", "--out-dir", str(tmp_path / "none")])
     assert before == {path: path.stat().st_mtime_ns for path in trained.rglob("*") if path.name != ".lock"}
+
+
+def test_an_out_dir_that_cannot_be_read(
+    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # as another user's folder answers; chmod keeps nothing from root, whom tests may run as
+    out = tmp_path / "out"
+    out.mkdir()
+    real = Path.iterdir
+
+    def iterdir(path: Path) -> Iterator[Path]:
+        if path == out:
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(Path, "iterdir", iterdir)
+    for more in ([], ["--overwrite"]):
+        said = told(capsys, ["train", "--data", str(text), *TINY, "--out-dir", str(out), *more])
+        assert f"out dir {out} cannot be read (Permission denied): name another with --out-dir" in said
+    monkeypatch.undo()
+    assert list(out.iterdir()) == []
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's /dev/full, a disk without space")
+def test_a_disk_that_fills_up_while_metrics_are_written(
+    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, full = tmp_path / "whole", tmp_path / "full"
+    assert train(text, "--out-dir", str(whole)) == 0
+    real, lines = Path.open, 0
+
+    def open_full(path: Path, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
+        nonlocal lines
+        if path == full / "metrics.jsonl" and "a" in mode:
+            lines += 1
+            if lines > 4:  # behind the first evaluation and its save
+                return real(Path("/dev/full"), mode, *args, **kwargs)
+        return real(path, mode, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "open", open_full)
+    words = ["--log_interval=5", "--out-dir", str(full)]
+    capsys.readouterr()
+    assert train(text, *words) == 2
+    error = capsys.readouterr().err
+    assert f"{full / 'metrics.jsonl'} cannot be written (No space left on device): free some space" in error
+    assert error.count("\n") == 1
+    monkeypatch.undo()
+    kept = read_metrics(full / "metrics.jsonl")
+    assert len(kept) == 4
+    assert load_checkpoint(full / "last", with_trainer=True).trainer_state is not None
+    assert main(["train", "--resume", "--out-dir", str(full)]) == 0
+    weights = [load_checkpoint(out / "last").weights for out in (whole, full)]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
 def test_mistakes_in_sampling(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

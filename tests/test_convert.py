@@ -32,6 +32,7 @@ CONFIGS = {
     "nanogpt": GPTConfig(**SHAPE, bias=False),
     "biased": GPTConfig(**SHAPE, dropout=0.1),
     "gpt2": GPTConfig(**SHAPE, activation="gelu_tanh"),
+    "gpt2, bare and untied": GPTConfig(**SHAPE, activation="gelu_tanh", bias=False, tie_weights=False),
     "untied": GPTConfig(**SHAPE, tie_weights=False, bias=False, activation="relu2"),
     "odd biases": GPTConfig(**SHAPE, bias=False, qkv_bias=True),
     "lecture": GPTConfig.family("lecture", **SHAPE),
@@ -41,9 +42,11 @@ EXPRESSES = {
     "fastchargpt": set(CONFIGS),
     "safetensors": set(CONFIGS),
     "nanogpt": {"nanogpt", "biased", "odd biases"},
-    "hf": {"nanogpt", "biased", "gpt2", "untied", "odd biases"},
+    "hf": {"nanogpt", "biased", "gpt2", "gpt2, bare and untied", "untied", "odd biases"},
+    "gguf": {"gpt2", "gpt2, bare and untied"},
     "lecture": {"lecture"},
 }
+ENDINGS = {"lecture": ".pt", "safetensors": ".safetensors", "gguf": ".gguf"}
 PAIRS = [(a, b, name) for a in FORMATS for b in FORMATS for name in CONFIGS if name in EXPRESSES[a] & EXPRESSES[b]]
 
 
@@ -63,8 +66,7 @@ def example(name: str) -> Checkpoint:
 
 def put(name: str, kind: str, folder: Path) -> Path:
     """The example in a format."""
-    suffix = {"lecture": ".pt", "safetensors": ".safetensors"}.get(kind, "")
-    path = folder / f"{name}-{kind}{suffix}"
+    path = folder / f"{name}-{kind}{ENDINGS.get(kind, '')}"
     write(example(name), path, kind, [], home=path)
     return path
 
@@ -83,11 +85,9 @@ def logits(checkpoint: Checkpoint) -> Tensor:
 def test_there_and_back(source: str, target: str, name: str, tmp_path: Path) -> None:
     first = put(name, source, tmp_path)
     assert detect(first) == source
-    there, back = tmp_path / "there", tmp_path / "back"
-    done = convert(first, there.with_suffix(".safetensors") if target == "safetensors" else there, to=target)  # type: ignore[arg-type]
+    there, back = (tmp_path / f"{name}{ENDINGS.get(kind, '')}" for name, kind in (("there", target), ("back", source)))
+    done = convert(first, there, to=target)  # type: ignore[arg-type]
     assert (done.source_format, done.target_format) == (source, target)
-    there = there.with_suffix(".safetensors") if target == "safetensors" else there
-    back = back.with_suffix(".safetensors") if source == "safetensors" else back
     convert(there, back, to=source)  # type: ignore[arg-type]
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted({first.name, there.name, back.name})
     for kind, path in ((source, first), (target, there), (source, back)):
@@ -209,6 +209,15 @@ def test_tokenizers_for_hugging_face(tokenizer: Any, tmp_path: Path) -> None:
     assert from_hugging_face(path) is None  # it would give other ids
     with pytest.raises(TokenizerError, match="not a tokenizer that fastchargpt has"):
         read_vocabulary(path)
+
+
+@pytest.mark.parametrize("vocab", [[], [10**30], ["a"], [[0]], {"a": 1}, {"a": "b"}, {"ab": 0}, 3, None], ids=str)
+@pytest.mark.parametrize("kind", ["WordLevel", "BPE"])
+def test_odd_vocabularies_for_hugging_face(vocab: Any, kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "tokenizer.json"
+    model = {"type": kind, "vocab": vocab, "merges": [["a", "b"]], "unk_token": "?"}
+    path.write_text(json.dumps({"model": model}))
+    assert from_hugging_face(path) is None
 
 
 def test_a_vocabulary_by_name(tmp_path: Path) -> None:
@@ -353,6 +362,8 @@ HOSTILE: dict[str, tuple[Callable[[Path], bytes], str]] = {
     ),
     "heads that do not fit": (lambda _: zipped(arguments(n_head=3)), "n_embd must be a multiple of n_head"),
     "a text as size": (lambda _: zipped(arguments(n_embd="16")), "n_embd must be a whole number"),
+    "a tensor as size": (lambda _: zipped(arguments(n_embd=torch.ones(2, 2))), "has a Tensor for the model argument"),
+    "sizes beyond every memory": (lambda _: zipped(arguments(n_embd=2**32, n_head=1)), "beyond every memory"),
     "a fork's argument": (lambda _: zipped(arguments(rotary=True)), "model argument 'rotary'"),
 }
 

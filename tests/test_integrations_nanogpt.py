@@ -96,6 +96,31 @@ def test_one_line_trains_as_nanogpt_does() -> None:
             assert loss.item() == pytest.approx(PINNED[iteration], abs=1e-4), iteration
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
+def test_one_line_compiles_as_one_graph() -> None:
+    # train.py compiles by default: forward and backward without a break in the graph, and the eager run's losses
+    tokens = torch.from_numpy(toy_tokens(5000).astype("int64"))
+    losses: list[list[float]] = []
+    torch._dynamo.reset()
+    for compiled in (False, True):
+        torch.manual_seed(1337)
+        model = GPT(GPTConfig(**{**SHAPE, "n_layer": 1}))
+        optimizer = model.configure_optimizers(0.1, 1e-2, (0.9, 0.95), "cpu")
+        step = torch.compile(model, fullgraph=True) if compiled else model
+        losses.append([])
+        for at in torch.randint(4900, (8, 4)):
+            x = torch.stack([tokens[i : i + 32] for i in at])
+            y = torch.stack([tokens[i + 1 : i + 33] for i in at])
+            _, loss = step(x, y)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            losses[-1].append(loss.item())
+    assert losses[0][-1] < losses[0][0] - 0.2
+    assert losses[1] == pytest.approx(losses[0], rel=0, abs=1e-5)
+
+
 # ------------------------------------------------------------------------------------------- with a checkout at hand
 
 

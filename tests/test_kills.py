@@ -13,13 +13,13 @@ import pytest
 
 COUNT = int(os.environ.get("FASTCHARGPT_SOAK_KILLS", "0"))
 SEED = int(os.environ.get("FASTCHARGPT_SOAK_SEED", "0"))
-BASE: dict[str, Any] = dict(max_iters=200 if COUNT else 40, eval_interval=3, log_interval=1)
+BASE: dict[str, Any] = dict(max_iters=20 * COUNT or 40, eval_interval=3, log_interval=1)
 RUNS: dict[str, dict[str, Any]] = {
     "epochs, accumulation, wsd": dict(order="epochs", gradient_accumulation_steps=2, schedule="wsd"),
     "random, cosine": dict(),
     "random, accumulation, linear, clipped": dict(gradient_accumulation_steps=3, schedule="linear", grad_clip=0.05),
-    "epochs, constant, patience": dict(order="epochs", schedule="constant", patience=30),
-    "random, a save at every step": dict(eval_interval=1, max_iters=100),
+    "epochs, constant, patience": dict(order="epochs", schedule="constant", patience=5 * COUNT or 30),
+    "random, a save at every step": dict(eval_interval=1),
 }
 
 

@@ -15,7 +15,7 @@ import torch
 from fastchargpt.checkpoint import load_checkpoint
 from fastchargpt.config import GPTConfig, TrainConfig
 from fastchargpt.corpus import Corpus
-from fastchargpt.errors import CheckpointError, TrainingError
+from fastchargpt.errors import CheckpointError, OutDirError, TrainingError
 from fastchargpt.evaluation import evaluate
 from fastchargpt.loading import load
 from fastchargpt.metrics import JsonlMetrics, read_metrics
@@ -157,6 +157,34 @@ def test_target_and_patience_stop_early() -> None:
     assert (stuck.stopped, stuck.iterations) == ("patience", 30)
 
 
+def test_a_run_that_stopped_early_is_over_when_it_is_resumed(tmp_path: Path) -> None:
+    # killed between its last save and its end, it must not take more steps than one that was left alone
+    for name, fields in (
+        ("patience", dict(learning_rate=0.0, min_lr=0.0, patience=3, max_iters=1000)),
+        ("target", dict(target_val_loss=9.9, max_iters=1000)),
+    ):
+        ended = []
+        for life in range(2):
+            trainer = Trainer(
+                MODEL,
+                dataclasses.replace(CONFIG, **fields),  # type: ignore[arg-type]
+                corpus(),
+                out_dir=tmp_path / name,
+                log=lambda _: None,
+            )
+            if life:
+                trainer.resume()
+            ended.append(dataclasses.replace(trainer.run(), seconds=0))
+        assert ended[0].stopped == name
+        assert ended[1] == ended[0]
+        longer = dataclasses.replace(CONFIG, **{**fields, "patience": 5, "target_val_loss": None})  # type: ignore[arg-type]
+        trainer = Trainer(
+            MODEL, dataclasses.replace(longer, max_iters=40), corpus(), out_dir=tmp_path / name, log=print
+        )
+        trainer.resume()
+        assert trainer.run().iterations > ended[0].iterations
+
+
 def test_lines_that_people_parse() -> None:
     lines: list[str] = []
     Trainer(MODEL, dataclasses.replace(CONFIG, max_iters=2), corpus(), log=lines.append).run()
@@ -236,6 +264,30 @@ with StopSignals() as signals:
     assert process.stdout.readline() == f"{number.name}\n"
     process.send_signal(number)
     assert process.wait(timeout=10) == 128 + number
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a limit on file sizes")
+def test_metrics_on_a_full_disk(tmp_path: Path) -> None:
+    import resource
+
+    path = tmp_path / "metrics.jsonl"
+    metrics = JsonlMetrics(path)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (150, before[1]))
+        for step in range(3):
+            metrics.log({"loss": 4.0, "lr": 0.001}, step=step)
+        with pytest.raises(OutDirError, match=r"metrics\.jsonl cannot be written \(.*\): free some space"):
+            metrics.log({"loss": 4.0, "lr": 0.001}, step=3)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert path.stat().st_size == 150  # the last line is cut in two
+    assert [row["step"] for row in read_metrics(path)] == [0, 1, 2]
+    JsonlMetrics(path, resume_step=3).log({"loss": 3.0}, step=3)
+    assert [row["step"] for row in read_metrics(path)] == [0, 1, 2, 3]
+    assert path.read_text(encoding="utf-8").count("\n") == 4
 
 
 def test_metrics_survive_a_cut_line_and_a_resume(tmp_path: Path) -> None:

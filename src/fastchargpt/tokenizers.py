@@ -150,7 +150,8 @@ class CharTokenizer:
         char = text[position]
         raise TokenizerError(
             f"character {char!r} (U+{ord(char):04X}) at position {position} is not among the vocabulary's "
-            f"{self.vocab_size} characters: remove it, or pass unknown='replace' to read it as {self.replacement!r}"
+            f"{self.vocab_size} characters: remove it, or read it as {self.replacement!r} with "
+            "unknown='replace' (`--unknown replace` on the command line)"
         )
 
 

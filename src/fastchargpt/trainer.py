@@ -146,7 +146,7 @@ class Trainer:
         ]
 
     def run(self) -> TrainResult:
-        """Train to the end, or to the first reason to stop. Going on after a stop is another call.
+        """Train to the end, or to the first reason to stop. Going on after a signal is another call.
 
         Raises:
             TrainingError: a loss, a gradient or a weight is not finite, or memory ran out; the message names the step
@@ -175,6 +175,7 @@ class Trainer:
             if (at_end or due) and self._evaluated_at != step.iteration:
                 self._evaluate_and_save()
                 since, steps_timed = time.perf_counter(), 0
+            if self._evaluated_at == step.iteration:  # by a life before, too, that was killed behind its last save
                 if config.target_val_loss is not None and self.val_loss <= config.target_val_loss:
                     return "target"
                 if config.patience is not None and self._evaluations_without_gain >= config.patience:

@@ -5,13 +5,14 @@ import contextlib
 import io
 import re
 from collections.abc import Mapping, Sequence
-from typing import NoReturn, TypeVar
+from typing import Literal, NoReturn, TypeVar
 
 import tyro
 
 from fastchargpt.errors import ConfigError
+from fastchargpt.tokenizers import CharTokenizer, Tokenizer
 
-__all__ = ["PlainParser", "given", "parse", "peek"]
+__all__ = ["PlainParser", "given", "parse", "peek", "with_unknown"]
 
 T = TypeVar("T")
 
@@ -62,6 +63,11 @@ def peek(argv: Sequence[str], flag: str) -> str | None:
             following = argv[position + 1] if position + 1 < len(argv) else ""
             found = value if equals else following
     return found
+
+
+def with_unknown(tokenizer: Tokenizer, unknown: Literal["error", "replace"] | None) -> Tokenizer:
+    """The tokenizer with what `--unknown` says of characters outside its vocabulary; bytes and BPE spell them all."""
+    return tokenizer.with_unknown(unknown) if unknown and isinstance(tokenizer, CharTokenizer) else tokenizer
 
 
 def given(argv: Sequence[str], flag: str) -> bool:

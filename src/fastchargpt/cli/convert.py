@@ -14,13 +14,13 @@ __all__ = ["run"]
 
 @dataclass(frozen=True, kw_only=True)
 class ConvertCommand:
-    """Convert a model between fastchargpt, nanoGPT, the lecture, GPT-2 as transformers keeps it, and safetensors."""
+    """Convert a model: fastchargpt, nanoGPT, the lecture, GPT-2 as transformers keeps it, safetensors, GGUF."""
 
-    # what to read: a run's out dir, nanoGPT's out dir or ckpt.pt, the lecture's .pt, a GPT-2 folder, or a .safetensors
+    # what to read: a run's out dir, nanoGPT's out dir or ckpt.pt, the lecture's .pt, a GPT-2 folder, or a file
     source: Positional[str]
     # what to write; it must not exist
     target: Positional[str]
-    # the format to write; None takes safetensors for a name that ends so, else fastchargpt for foreign models
+    # the format to write; None takes safetensors or gguf for a name that ends so, else fastchargpt for foreign models
     to: Format | None = None
     # a vocabulary to take in place of the source's: a tokenizer.json, nanoGPT's meta.pkl, or the .txt it was made from
     tokenizer: str | None = None

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 import tyro
 
 from fastchargpt.checkpoint import load_checkpoint
-from fastchargpt.cli.arguments import parse
+from fastchargpt.cli.arguments import parse, with_unknown
 from fastchargpt.corpus import load_corpus
 from fastchargpt.evaluation import evaluate
 from fastchargpt.loading import restore
@@ -29,6 +29,9 @@ class EvalCommand:
     data: str | None = None
     # which part of it
     split: Literal["val", "train"] = "val"
+    # a character that the model's vocabulary lacks: refuse the corpus, or replace it by the vocabulary's stand-in (as
+    # the tokenizer was saved, where this is not given)
+    unknown: Literal["error", "replace"] | None = None
     # number format of the matrix products
     precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = "auto"
     # where to compute: auto takes cuda, then mps, then cpu
@@ -43,6 +46,7 @@ def run(argv: Sequence[str]) -> int:
     device = choose_device(command.device)
     checkpoint = load_checkpoint(command.folder, device=device)
     model, tokenizer = restore(checkpoint)
+    tokenizer = None if tokenizer is None else with_unknown(tokenizer, command.unknown)
     data = command.data or checkpoint.info.get("data", "auto")
     corpus = load_corpus(data, tokenizer=tokenizer or "char")
     if corpus.note:

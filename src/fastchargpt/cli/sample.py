@@ -5,11 +5,11 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
-from fastchargpt.cli.arguments import parse
+from fastchargpt.cli.arguments import parse, with_unknown
 from fastchargpt.engines import EngineConfig
 from fastchargpt.errors import CheckpointError, ConfigError
 from fastchargpt.generation import generate, stream
@@ -30,6 +30,9 @@ class PromptOptions:
     prompt: str = ""
     # read the prompt from a file instead; - is standard input
     prompt_file: str | None = None
+    # a character that the vocabulary lacks: refuse the prompt, or replace it by the vocabulary's stand-in (as the
+    # tokenizer was saved, where this is not given)
+    unknown: Literal["error", "replace"] | None = None
     # write one JSON object a sample, with tokens and log-probabilities, instead of text
     json: bool = False
     # where to compute: auto takes cuda, then mps, then cpu
@@ -61,6 +64,7 @@ def run(argv: Sequence[str]) -> int:
         raise CheckpointError(
             f"{command.folder} has no tokenizer, so its tokens cannot be written as text: name one that has"
         )
+    tokenizer = with_unknown(tokenizer, options.unknown)
     prompt = _read_prompt(options)
     if options.json:
         for generation in generate(model, tokenizer, prompt, config, command.engine):

@@ -19,7 +19,7 @@ from fastchargpt.model import GPT
 
 __all__ = ["FORMATS", "Conversion", "Format", "convert"]
 
-Format = Literal["fastchargpt", "nanogpt", "lecture", "hf", "safetensors"]
+Format = Literal["fastchargpt", "nanogpt", "lecture", "hf", "safetensors", "gguf"]
 FORMATS: tuple[str, ...] = get_args(Format)
 # logits in float64 of the same numbers: only the order of sums may differ
 TOLERANCE = 1e-9
@@ -50,12 +50,14 @@ def convert(
 
     `fastchargpt` is our checkpoint folder (or a run's out dir, of which the best is taken), `nanogpt` a folder with
     ckpt.pt and meta.pkl, `lecture` the state dict of gpt.py's GPTLanguageModel in one file, `hf` a GPT-2 folder of
-    transformers, `safetensors` one file that holds config and vocabulary as metadata.
+    transformers, `safetensors` one file that holds config and vocabulary as metadata, `gguf` the one that llama.cpp
+    runs, for models with activation="gelu_tanh".
 
     Args:
         source: what to read; its format is found out.
         target: what to write; it must not exist.
-        to: the target's format; None takes safetensors for a name that ends so, else fastchargpt for foreign models.
+        to: the target's format; None takes safetensors or gguf for a name that ends so, else fastchargpt for foreign
+            models.
         tokenizer: a vocabulary to take in place of the source's: our tokenizer.json or Hugging Face's, nanoGPT's
             meta.pkl, or the .txt whose characters it is.
         check: read the result back and compare logits before it gets its name; with transformers at hand, its own
@@ -98,12 +100,14 @@ def _target_format(to: Format | None, kind: str, target: Path) -> Format:
     if to is None:
         if target.suffix == ".safetensors":
             return "safetensors"
+        if target.suffix == ".gguf":
+            return "gguf"
         if kind == "fastchargpt":
             raise ConfigError(f"say with --to what {target} is to be: {', '.join(FORMATS)}")
         return "fastchargpt"
     if to not in FORMATS:
         raise ConfigError(f"the format must be one of {', '.join(FORMATS)}, not {to!r}{nearest(to, FORMATS)}")
-    if IS_FOLDER[to] and target.suffix in (".pt", ".pth", ".safetensors", ".bin"):
+    if IS_FOLDER[to] and target.suffix in (".pt", ".pth", ".safetensors", ".bin", ".gguf"):
         raise ConfigError(f"{to} is a folder, and {target} looks like a file: leave the ending {target.suffix} out")
     return to
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastchargpt.checkpoint import Checkpoint, load_checkpoint
 from fastchargpt.config import GPTConfig, config_from_dict
+from fastchargpt.convert.gguf_gpt2 import gguf_to_weights
 from fastchargpt.convert.vocabulary import check_vocabulary, from_hugging_face
 from fastchargpt.errors import CheckpointError, ConfigError, TokenizerError
 from fastchargpt.integrations.gpt2 import read_gpt2
@@ -26,7 +27,7 @@ NANOGPT_FIELDS = ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_si
 
 
 def detect(source: Path) -> str:
-    """Which format a file or folder is in: fastchargpt, nanogpt, lecture, hf or safetensors.
+    """Which format a file or folder is in: fastchargpt, nanogpt, lecture, hf, safetensors or gguf.
 
     Raises:
         CheckpointError: there is nothing there, or nothing that is known.
@@ -39,6 +40,8 @@ def detect(source: Path) -> str:
         return "nanogpt" if (source / "ckpt.pt").is_file() else "fastchargpt"
     if source.suffix == ".safetensors":
         return "safetensors"
+    if source.suffix == ".gguf":
+        return "gguf"
     content = read_torch(source)
     if "model_args" in content:
         return "nanogpt"
@@ -57,7 +60,13 @@ def read(source: Path, kind: str, notes: list[str]) -> Checkpoint:
     """
     if kind == "fastchargpt":
         return load_checkpoint(source)
-    readers = {"nanogpt": _read_nanogpt, "lecture": _read_lecture, "hf": _read_hf, "safetensors": _read_safetensors}
+    readers = {
+        "nanogpt": _read_nanogpt,
+        "lecture": _read_lecture,
+        "hf": _read_hf,
+        "safetensors": _read_safetensors,
+        "gguf": _read_gguf,
+    }
     return readers[kind](source, notes)
 
 
@@ -82,6 +91,9 @@ def _read_nanogpt(source: Path, notes: list[str]) -> Checkpoint:
             raise CheckpointError(
                 f"{path} has the model argument {name!r:.60}, which nanoGPT's model does not: it is a fork's"
             )
+        if not isinstance(fields[name], int | float | str):
+            kind = type(fields[name]).__name__
+            raise CheckpointError(f"{path} has a {kind} for the model argument {name}: it is damaged")
     try:
         config = config_from_dict(GPTConfig, fields)
     except ConfigError as error:
@@ -136,6 +148,13 @@ def _read_hf(source: Path, notes: list[str]) -> Checkpoint:
     else:
         notes.append(f"no vocabulary: there is no {source / 'tokenizer.json'}; name one with --tokenizer")
     return _checkpoint(source, config, weights, tokenizer, converted_from="hf")
+
+
+def _read_gguf(source: Path, notes: list[str]) -> Checkpoint:
+    config, weights, tokenizer = gguf_to_weights(source)
+    if tokenizer is None:
+        notes.append(f"no vocabulary: {source} has none that fastchargpt wrote; name one with --tokenizer")
+    return _checkpoint(source, config, weights, tokenizer, converted_from="gguf")
 
 
 def _read_safetensors(source: Path, notes: list[str]) -> Checkpoint:

@@ -81,7 +81,8 @@ def from_hugging_face(path: Path) -> Tokenizer | None:
             ours.get(name) == theirs.get(name) for name in ("model", "pre_tokenizer", "normalizer", "added_tokens")
         )
         return tokenizer if same else None
-    except (KeyError, TypeError, AttributeError, ValueError, TokenizerError):
+    # whatever the JSON holds where its parts are looked for: nothing there, or something else
+    except (LookupError, TypeError, AttributeError, ValueError, OverflowError, TokenizerError):
         return None
 
 

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from fastchargpt.checkpoint import TIED_COPY, Checkpoint, save_checkpoint
 from fastchargpt.config import GPTConfig
+from fastchargpt.convert.gguf import write_gguf
+from fastchargpt.convert.gguf_gpt2 import weights_to_gguf
 from fastchargpt.convert.readers import CONFIG_KEY, NANOGPT_FIELDS, TOKENIZER_KEY
 from fastchargpt.convert.vocabulary import to_hugging_face
 from fastchargpt.errors import ConfigError
@@ -23,7 +25,7 @@ from fastchargpt.tokenizers import CharTokenizer, load_tokenizer
 
 __all__ = ["IS_FOLDER", "write"]
 
-IS_FOLDER = {"fastchargpt": True, "nanogpt": True, "hf": True, "lecture": False, "safetensors": False}
+IS_FOLDER = {"fastchargpt": True, "nanogpt": True, "hf": True, "lecture": False, "safetensors": False, "gguf": False}
 
 
 def write(checkpoint: Checkpoint, target: Path, kind: str, notes: list[str], *, home: Path) -> None:
@@ -42,6 +44,8 @@ def write(checkpoint: Checkpoint, target: Path, kind: str, notes: list[str], *, 
         _write_nanogpt(checkpoint, target, notes, home)
     elif kind == "hf":
         _write_hf(checkpoint, target, notes)
+    elif kind == "gguf":
+        _write_gguf(checkpoint, target, notes)
     elif kind == "lecture":
         torch.save(weights_to_lecture(checkpoint.model_config, checkpoint.weights), target)
         if checkpoint.tokenizer_json is not None:
@@ -126,6 +130,16 @@ def _write_hf(checkpoint: Checkpoint, target: Path, notes: list[str]) -> None:
     (target / "tokenizer.json").write_text(to_hugging_face(load_tokenizer(checkpoint.tokenizer_json)), encoding="utf-8")
     kind = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     _write_json(target / "tokenizer_config.json", {**kind, "model_max_length": config.block_size})
+
+
+def _write_gguf(checkpoint: Checkpoint, target: Path, notes: list[str]) -> None:
+    config = checkpoint.model_config
+    tokenizer = None if checkpoint.tokenizer_json is None else load_tokenizer(checkpoint.tokenizer_json)
+    write_gguf(target, *weights_to_gguf(config, checkpoint.weights, tokenizer))
+    if tokenizer is None:
+        notes.append("no vocabulary in the file, so llama.cpp takes token ids alone; name one with --tokenizer")
+    if config.dropout:
+        notes.append(f"the dropout rate of {config.dropout} is left behind: GGUF has no place for it")
 
 
 def _write_safetensors(checkpoint: Checkpoint, target: Path) -> None:

@@ -17,7 +17,7 @@ from fastchargpt.config import GPTConfig, config_from_dict
 from fastchargpt.errors import BackendUnavailableError, CheckpointError, ConfigError
 from fastchargpt.integrations.untrusted import check_tensors, check_weights, read_json, read_safetensors, read_torch
 
-__all__ = ["GPT2_NAMES", "gpt2_to_weights", "read_gpt2", "weights_to_gpt2", "with_biases"]
+__all__ = ["GPT2_NAMES", "check_gpt2", "gpt2_to_weights", "read_gpt2", "weights_to_gpt2", "with_biases"]
 
 GPT2_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 ACTIVATIONS = {"gelu": "gelu", "gelu_tanh": "gelu_new", "relu": "relu", "relu2": "relu2"}
@@ -131,17 +131,7 @@ def weights_to_gpt2(config: GPTConfig, weights: Mapping[str, Tensor]) -> tuple[d
     Raises:
         ConfigError: the model computes something that GPT-2 cannot.
     """
-    needed = {
-        "position='learned'": config.position == "learned",
-        "norm='layernorm'": config.norm == "layernorm",
-        "qk_norm=False": not config.qk_norm,
-        "logit_softcap=None": config.logit_softcap is None,
-        "head_bias=False": not config.head_bias,
-        "as many key heads as query heads": config.kv_heads == config.n_head,
-    }
-    for rule, kept in needed.items():
-        if not kept:
-            raise ConfigError(f"GPT-2 has {rule}, and this model has not: it cannot be written as a GPT-2")
+    check_gpt2(config)
     fields: dict[str, Any] = {
         "architectures": ["GPT2LMHeadModel"],
         **FIXED,
@@ -163,6 +153,25 @@ def weights_to_gpt2(config: GPTConfig, weights: Mapping[str, Tensor]) -> tuple[d
     if config.tie_weights:
         state[TIED_COPY] = state.pop(TIED_KEPT)
     return fields, state
+
+
+def check_gpt2(config: GPTConfig) -> None:
+    """Refuse what no GPT-2 computes, whichever activation it has.
+
+    Raises:
+        ConfigError: the model computes something else.
+    """
+    needed = {
+        "position='learned'": config.position == "learned",
+        "norm='layernorm'": config.norm == "layernorm",
+        "qk_norm=False": not config.qk_norm,
+        "logit_softcap=None": config.logit_softcap is None,
+        "head_bias=False": not config.head_bias,
+        "as many key heads as query heads": config.kv_heads == config.n_head,
+    }
+    for rule, kept in needed.items():
+        if not kept:
+            raise ConfigError(f"GPT-2 has {rule}, and this model has not: it cannot be written as a GPT-2")
 
 
 def with_biases(config: GPTConfig, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -131,8 +131,11 @@ def check_weights(config: GPTConfig, weights: Mapping[str, Tensor], source: obje
         raise CheckpointError(f"{source} describes {config.n_layer} layers and holds the weights of {len(layers)}")
     if config.position == "rope" and config.block_size > ROPE_LIMIT_TOKENS:
         raise CheckpointError(f"{source} claims a block_size of {config.block_size}, above {ROPE_LIMIT_TOKENS}")
-    with torch.device("meta"):
-        sample = GPT(dataclasses.replace(config, n_layer=1)).state_dict()
+    try:
+        with torch.device("meta"):
+            sample = GPT(dataclasses.replace(config, n_layer=1)).state_dict()
+    except RuntimeError as error:  # torch counts bytes in 64 bits
+        raise CheckpointError(f"{source} describes a model beyond every memory ({_first_line(error)})") from None
     expected: dict[str, tuple[int, ...]] = {}
     for name, tensor in sample.items():
         copies = range(config.n_layer) if name.startswith("transformer.h.0.") else range(1)
