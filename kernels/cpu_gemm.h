@@ -31,9 +31,11 @@ inline vec vset(float x) { return x - vec{}; }
 inline vec vmax(vec a, vec b) { return a > b ? a : b; }
 inline vec vabs(vec x) { return x < 0.0f ? -x : x; }
 inline float vsum(vec v) {
-    float sum = 0.0f;
-    for (int l = 0; l < LANES_WIDE; l++) sum += v[l];
-    return sum;
+    float part[LANES_WIDE];
+    vstore(part, v);
+    for (int half = LANES_WIDE / 2; half > 0; half /= 2)
+        for (int l = 0; l < half; l++) part[l] += part[l + half];
+    return part[0];
 }
 
 // fast_exp, written for vectors: compilers leave a loop over the scalar form as it is.
@@ -111,11 +113,12 @@ inline void column_tile(int K, const float* a, const float* b, ptrdiff_t b_strid
 
 template <int N> using Constant = std::integral_constant<int, N>;
 
-// f(Constant<n>, m) over m0 .. m1 in steps of n: MAX as long as that fits, then pairs and single rows.
+// f(Constant<n>, m) over m0 .. m1 in steps of n: MAX as long as that fits, then fours, pairs and single rows.
 template <int MAX, class F>
 inline void in_steps(int m0, int m1, F&& f) {
     int m = m0;
     for (; m + MAX <= m1; m += MAX) f(Constant<MAX>{}, m);
+    if constexpr (MAX > 4) for (; m + 4 <= m1; m += 4) f(Constant<4>{}, m);
     for (; m + 2 <= m1; m += 2) f(Constant<2>{}, m);
     if (m < m1) f(Constant<1>{}, m);
 }

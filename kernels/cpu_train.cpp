@@ -305,29 +305,43 @@ struct Trainer {
     void norm_backward(const Panels& grads, const Panels& x, const Panels* residual, const Panels& to, int index, int number,
                        const float* mean, const float* rstd, int m0, int m1) {
         const float *w = weight(index), *bias = weight(index + 1);
-        for (int m = m0; m < m1; m++) {
-            const float mu = mean[m], inverse = rstd[m];
+        for (int m = m0, count; m < m1; m += count) {  // rows of one sequence, which has its own share of the weights' gradients
+            count = std::min({m1 - m, NORM_ROWS, batch.T - m % batch.T});
             float* mine = &norm_grads[((size_t(m / batch.T) * (2 * L + 1)) + number) * 2 * C];
-            vec sums{}, products{};
-            over_channels([&](int p, int v) {
-                float *at = grads.at(m, p) + v, *own = mine + p * WIDE + v;
-                vec g = vload(at), d = vload(x.at(m, p) + v) - mu;
-                if (bias) vstore(own + C, vload(own + C) + g);
-                if (w) {
-                    vstore(own, vload(own) + g * d * inverse);
-                    g *= vload(w + p * WIDE + v);
-                    vstore(at, g);
+            vec sums[NORM_ROWS] = {}, products[NORM_ROWS] = {};
+            over_channels([&](int p, int v) {  // a panel's rows are one stream; a row's panels would be too many at a time
+                const float *g = grads.at(m, p) + v, *own_x = x.at(m, p) + v;
+                const vec scales = w ? vload(w + p * WIDE + v) : vset(1.0f);
+                float* own = mine + p * WIDE + v;
+                vec share = vload(own), total = vload(own + C);  // row by row from here, so that no cut between rows shows
+                for (int r = 0; r < count; r++) {
+                    vec dy_ = vload(g + r * WIDE), d = (vload(own_x + r * WIDE) - mean[m + r]) * rstd[m + r];
+                    total += dy_;
+                    share += dy_ * d;
+                    sums[r] += dy_ * scales;
+                    products[r] += dy_ * scales * d;
                 }
-                sums += g;
-                products += g * d;
+                vstore(own, share);
+                vstore(own + C, total);
             });
-            const float centre = rms ? 0.0f : vsum(sums) / C, slope = vsum(products) * inverse * inverse / C;
+            float centre[NORM_ROWS], slope[NORM_ROWS];
+            for (int r = 0; r < count; r++) {
+                centre[r] = rms ? 0.0f : vsum(sums[r]) / C;
+                slope[r] = vsum(products[r]) / C;
+            }
             over_channels([&](int p, int v) {
-                vec d = inverse * (vload(grads.at(m, p) + v) - centre - (vload(x.at(m, p) + v) - mu) * slope);
-                vstore(to.at(m, p) + v, residual ? vload(residual->at(m, p) + v) + d : d);
+                const float *g = grads.at(m, p) + v, *own_x = x.at(m, p) + v, *other = residual ? residual->at(m, p) + v : nullptr;
+                float* out = to.at(m, p) + v;
+                const vec scales = w ? vload(w + p * WIDE + v) : vset(1.0f);
+                for (int r = 0; r < count; r++) {
+                    vec d = (vload(own_x + r * WIDE) - mean[m + r]) * rstd[m + r];
+                    d = (vload(g + r * WIDE) * scales - centre[r] - d * slope[r]) * rstd[m + r];
+                    vstore(out + r * WIDE, other ? vload(other + r * WIDE) + d : d);
+                }
             });
         }
     }
+    static constexpr int NORM_ROWS = 64;
 
     // Norm and rotation of the queries' and keys' heads in place; `back` takes gradients the other way.
     void shape_heads(const Panels& qkv, const Panels* dqkv, float* kept_rstd, int m0, int m1) {
