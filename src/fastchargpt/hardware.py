@@ -50,7 +50,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype = torch.float32) -> Peak
     """The matrix-product peak of a device, or None where it is not known.
 
     Args:
-        device: on a CPU the peak is measured, once per process and thread count (0.3 s).
+        device: on a CPU the peak is measured, once per process and thread count (0.1 s).
         dtype: the number format of the products; on a GPU float32 means TF32, which has half of the 16-bit peak, and
             there is no figure where torch's `float32_matmul_precision` keeps TF32 out.
     """
@@ -70,7 +70,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype = torch.float32) -> Peak
 
 
 @functools.cache
-def measure_matmul_flops(threads: int, size: int = 1024, seconds: float = 0.3) -> float:
+def measure_matmul_flops(threads: int, size: int = 1024, seconds: float = 0.1) -> float:
     """Floating-point operations per second of fp32 matrix products on this CPU: the best decile of short runs.
 
     Args:

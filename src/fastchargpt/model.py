@@ -9,11 +9,13 @@ Shapes in names: B batch, T sequence, C channels (n_embd), V vocabulary.
 import dataclasses
 import math
 from collections.abc import Mapping
+from contextlib import ExitStack
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from fastchargpt.cache import KVCache
 from fastchargpt.config import IGNORE_INDEX, GPTConfig
@@ -21,9 +23,26 @@ from fastchargpt.errors import ConfigError
 from fastchargpt.hardware import peak_flops
 from fastchargpt.layers import Block, CausalSelfAttention, make_norm, rope_tables
 
-__all__ = ["GPT"]
+__all__ = ["GPT", "shapes_alone"]
 
 INIT_STD = 0.02
+
+
+class _Undrawn(TorchFunctionMode):
+    """Modules are made without drawing weights: on the meta device torch takes seconds to draw nothing."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **(kwargs or {}))
+
+
+def shapes_alone() -> ExitStack:
+    """The context in which a model is shapes without numbers."""
+    with ExitStack() as stack:
+        stack.enter_context(torch.device("meta"))
+        stack.enter_context(_Undrawn())
+        return stack.pop_all()
 
 
 class Transformer(nn.Module):
@@ -65,7 +84,7 @@ class GPT(nn.Module):
         Raises:
             RuntimeError: a weight is missing, unexpected or of another shape (torch's own message).
         """
-        with torch.device("meta"):
+        with shapes_alone():
             model = cls(config)
         model.load_state_dict(weights, assign=True)
         model._tie()
@@ -124,6 +143,8 @@ class GPT(nn.Module):
     def _rope_tables(self, length: int, device: torch.device | str | None = None) -> Tensor | None:
         if self.config.position != "rope":
             return None
+        if device is None and self.lm_head.weight.is_meta:
+            return torch.empty(2, length, self.config.head_dim // 2)
         return rope_tables(length, self.config.head_dim, self.config.rope_base, device)
 
     def forward(

@@ -10,7 +10,7 @@ from fastchargpt.kernels.cpu_decode import ACTIVATIONS
 from fastchargpt.kernels.cpu_train import WIDTH, NativeTrainer, Rules, Update, library
 from fastchargpt.layers import Block
 from fastchargpt.model import GPT
-from fastchargpt.optim import Muon, shape_factor
+from fastchargpt.optim import AdamW, Muon, shape_factor
 
 __all__ = ["NativeStep", "native_step_problem", "native_update_problem"]
 
@@ -51,7 +51,7 @@ def native_step_problem(model: nn.Module) -> str | None:
 
 def native_update_problem(optimizer: torch.optim.Optimizer) -> str | None:
     """Why this optimiser's step is left to torch; None where the native one can take it."""
-    if type(optimizer) not in (torch.optim.AdamW, Muon):
+    if type(optimizer) not in (torch.optim.AdamW, AdamW, Muon):
         return f"the native update is for AdamW and Muon, and the optimiser is {type(optimizer).__name__}"
     for group in optimizer.param_groups:
         if group.get("amsgrad") or group.get("maximize") or group.get("differentiable"):

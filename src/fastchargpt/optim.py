@@ -1,5 +1,6 @@
 """Optimisers, their parameter groups and the learning-rate schedule."""
 
+import inspect
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,6 +14,7 @@ from fastchargpt.layers import Block
 from fastchargpt.model import GPT
 
 __all__ = [
+    "AdamW",
     "Muon",
     "learning_rate_at",
     "make_adamw",
@@ -29,6 +31,23 @@ QUINTIC = (3.4445, -4.7750, 2.0315)
 ORTHOGONALISING_STEPS = 5
 
 
+class _Light(torch.optim.Optimizer):
+    """An optimiser that works without torch._dynamo, whose import takes a second or two.
+
+    torch's own methods are wrapped to hide them from a compiler, and the wrapper imports it. No compiled code calls
+    them.
+    """
+
+    add_param_group = inspect.unwrap(torch.optim.Optimizer.add_param_group)
+    zero_grad = inspect.unwrap(torch.optim.Optimizer.zero_grad)
+    state_dict = inspect.unwrap(torch.optim.Optimizer.state_dict)
+    load_state_dict = inspect.unwrap(torch.optim.Optimizer.load_state_dict)
+
+
+class AdamW(_Light, torch.optim.AdamW):
+    """torch's AdamW, made without waiting."""
+
+
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Two groups, nanoGPT's rule: matrices and embeddings decay, vectors (biases, norms) do not."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -38,14 +57,12 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     ]
 
 
-def make_adamw(
-    model: nn.Module, *, weight_decay: float, learning_rate: float, betas: tuple[float, float]
-) -> torch.optim.AdamW:
+def make_adamw(model: nn.Module, *, weight_decay: float, learning_rate: float, betas: tuple[float, float]) -> AdamW:
     """AdamW (arXiv:1711.05101) over `parameter_groups`, in torch's fused form where the device has one."""
     groups = [group for group in parameter_groups(model, weight_decay) if group["params"]]
     devices = {parameter.device.type for group in groups for parameter in group["params"]}
     fused = devices <= {"cuda", "cpu", "mps", "xpu"}
-    return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=fused or None)
+    return AdamW(groups, lr=learning_rate, betas=betas, fused=fused or None)
 
 
 @torch.no_grad()
@@ -70,7 +87,7 @@ def shape_factor(rows: int, columns: int) -> float:
     return math.sqrt(max(1.0, rows / columns))
 
 
-class Muon(torch.optim.Optimizer):
+class Muon(_Light):
     """Muon (https://kellerjordan.github.io/posts/muon) for matrices, AdamW for everything else.
 
     A matrix's momentum is orthogonalised before it is applied. Matrices that lie stacked in one weight, as queries,

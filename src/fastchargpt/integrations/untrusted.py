@@ -16,7 +16,7 @@ from torch import Tensor
 from fastchargpt.checkpoint import TIED_COPY, TIED_KEPT
 from fastchargpt.config import GPTConfig
 from fastchargpt.errors import CheckpointError
-from fastchargpt.model import GPT
+from fastchargpt.model import GPT, shapes_alone
 
 __all__ = ["check_tensors", "check_weights", "read_json", "read_safetensors", "read_torch"]
 
@@ -132,7 +132,7 @@ def check_weights(config: GPTConfig, weights: Mapping[str, Tensor], source: obje
     if config.position == "rope" and config.block_size > ROPE_LIMIT_TOKENS:
         raise CheckpointError(f"{source} claims a block_size of {config.block_size}, above {ROPE_LIMIT_TOKENS}")
     try:
-        with torch.device("meta"):
+        with shapes_alone():
             sample = GPT(dataclasses.replace(config, n_layer=1)).state_dict()
     except RuntimeError as error:  # torch counts bytes in 64 bits
         raise CheckpointError(f"{source} describes a model beyond every memory ({_first_line(error)})") from None
