@@ -16,6 +16,7 @@ __all__ = ["run"]
 
 SUBJECTS = ("attention", "training", "generation", "tokenizers", "batches", "samplers")
 USAGE = """fastchargpt bench [SUBJECT ...] [--quick] [--device D] [--peer nanogpt=PATH] [--out FILE.json]
+       fastchargpt bench speedrun [CORPUS ...] [--peer nanogpt=PATH] [--rounds N] [--seeds N] [--out FILE.json]
        fastchargpt bench report A.json [B.json] [--out report.html]
        fastchargpt bench compare A.json B.json"""
 
@@ -32,6 +33,8 @@ def run(argv: Sequence[str]) -> int:
         return _report(words[1:])
     if words[:1] == ["compare"]:
         return _compare(words[1:])
+    if words[:1] == ["speedrun"]:
+        return _speedrun(words[1:])
     return _suite(words)
 
 
@@ -47,7 +50,7 @@ def _suite(words: Sequence[str]) -> int:
     options = parser.parse_args(words)
     for subject in options.subjects:
         if subject not in SUBJECTS:
-            known = ("report", "compare", *SUBJECTS)
+            known = ("report", "compare", "speedrun", *SUBJECTS)
             raise ConfigError(
                 f"there is no benchmark of {subject!r}{nearest(subject, known)}; there are {', '.join(SUBJECTS)}"
             )
@@ -73,6 +76,45 @@ def _suite(words: Sequence[str]) -> int:
     if options.out.is_file():
         print(f"saved {options.out}; `fastchargpt bench report {options.out}` makes a page of it")
     return status
+
+
+def _speedrun(words: Sequence[str]) -> int:
+    parser = _parser("bench speedrun")
+    parser.add_argument(
+        "corpora", nargs="*", metavar="CORPUS", help="shakespeare, pydoc or stdlib (default: shakespeare)"
+    )
+    parser.add_argument("--peer", action="append", default=[], metavar="NAME=PATH", help="nanogpt: a checkout")
+    parser.add_argument(
+        "--rounds", type=int, default=3, help="runs of each contestant; 0 for none (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--seeds", type=int, default=0, help="measure each ingredient of the recipe over so many (default: not at all)"
+    )
+    parser.add_argument("--out", type=Path, default=Path("speedrun.json"), help="the results (default: %(default)s)")
+    options = parser.parse_args(words)
+    if options.rounds < 0 or options.seeds < 0:
+        raise ConfigError("--rounds and --seeds must not be negative")
+    from fastchargpt.bench.ingredients import leave_one_out
+    from fastchargpt.bench.settings import describe_run, settings_from
+    from fastchargpt.bench.speedrun import entrants, get_corpus, time_to_loss
+    from fastchargpt.bench.speedrun_report import ingredients_table, race_table, write
+
+    settings = settings_from(device="cpu", quick=False, peers=options.peer)
+    machine = describe_run(settings)
+    races, ingredients = {}, {}
+    for name in dict.fromkeys(options.corpora or ["shakespeare"]):
+        with tempfile.TemporaryDirectory() as place:
+            corpus, data = get_corpus(name, Path(place))
+            contestants = entrants(data, corpus, settings.peers.get("nanogpt"), Path(place))
+            if options.rounds:
+                races[name] = time_to_loss(contestants, options.rounds)
+                print(race_table(name, races[name]), flush=True)
+            if options.seeds:
+                ingredients[name] = list(leave_one_out(corpus, range(1, options.seeds + 1)))
+                print(ingredients_table(name, ingredients[name]), flush=True)
+    for path in write(options.out, machine, races, ingredients):
+        print(f"wrote {path}")
+    return 0
 
 
 def _report(words: Sequence[str]) -> int:
