@@ -18,7 +18,9 @@ Entrants = Mapping[str, Callable[[], Contestant]]
 class Rank(Protocol):
     """What the `rank` fixture offers: `rank(contest, name, entrants)`."""
 
-    def __call__(self, contest: str, name: str, entrants: Callable[[], Entrants], **facts: Any) -> None: ...
+    def __call__(
+        self, contest: str, name: str, entrants: Callable[[], Entrants], *, lead: int = 0, **facts: Any
+    ) -> None: ...
 
 
 class Replay:
@@ -101,9 +103,11 @@ def rank(
 ) -> Rank:
     """Report one contestant of a contest, which is held when its first contestant is asked for."""
 
-    def report(contest: str, name: str, entrants: Callable[[], Entrants], **facts: Any) -> None:
+    def report(contest: str, name: str, entrants: Callable[[], Entrants], *, lead: int = 0, **facts: Any) -> None:
         if contest not in contests:
-            contests[contest] = hold(entrants(), settings.device, seconds=settings.seconds, rounds=settings.rounds)
+            contests[contest] = hold(
+                entrants(), settings.device, seconds=settings.seconds, rounds=settings.rounds, lead=lead
+            )
         result = contests[contest][name]
         if result.timing is None:
             why = result.wrong or result.absent or ""

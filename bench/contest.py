@@ -26,6 +26,8 @@ class Contestant:
     call: Callable[[], object]
     # run first: what is wrong with the result, as a sentence, or None
     check: Callable[[], str | None]
+    # bytes that a call uses outside torch's allocator
+    other_bytes: Callable[[], int] | None = None
     # further figures of the row (JSON values); flops, bytes and tokens of a call become rates
     facts: Mapping[str, Any] = field(default_factory=dict)
 
@@ -51,6 +53,7 @@ def hold(
     seconds: float,
     rounds: int,
     warmup: int = 1,
+    lead: int = 0,
 ) -> dict[str, Result]:
     """Build and check every entrant, then time those that are right, in turns.
 
@@ -61,6 +64,7 @@ def hold(
         seconds: time to spend on timing all of them.
         rounds: timed calls of each at least.
         warmup: untimed calls of each, beside the two that check it and count its memory.
+        lead: untimed calls before each timed one.
     """
     results: dict[str, Result] = {}
     ready: dict[str, Contestant] = {}
@@ -79,7 +83,7 @@ def hold(
                 ready[name] = contestant
             else:
                 results[name] = Result(wrong=wrong, facts=dict(contestant.facts))
-    peaks = {name: peak_memory(contestant.call, device) for name, contestant in ready.items()}
+    peaks = {name: _peak(contestant, device) for name, contestant in ready.items()}
     timings = race(
         {name: contestant.call for name, contestant in ready.items()},
         device,
@@ -87,6 +91,7 @@ def hold(
         warmup=warmup,
         min_rounds=rounds,
         max_rounds=MAX_ROUNDS,
+        lead=lead,
     )
     for name, contestant in ready.items():
         facts = dict(contestant.facts)
@@ -125,6 +130,11 @@ def peak_memory(call: Callable[[], object], device: torch.device) -> int | None:
         held += event.nbytes()
         peak = max(peak, held)
     return peak
+
+
+def _peak(contestant: Contestant, device: torch.device) -> int | None:
+    peak = peak_memory(contestant.call, device)
+    return peak if peak is None or contestant.other_bytes is None else peak + contestant.other_bytes()
 
 
 def _sentence(error: BaseException) -> str:

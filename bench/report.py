@@ -124,6 +124,9 @@ def _contest_table(name: str, rows: Sequence[Row]) -> Table:
         ("of measured peak", "roof_share", lambda value: f"{value:.0%}"),
         ("peak memory", "peak_bytes", _bytes),
         ("loss", "loss", lambda value: f"{value:.4f}"),
+        ("after steps", "loss_after_steps", lambda value: f"{value:.0f}"),
+        ("first step, cold", "compile_cold_s", lambda value: f"{value:.1f} s"),
+        ("first step, warm", "compile_warm_s", lambda value: f"{value:.1f} s"),
     ]
     shown = [extra for extra in extras if any(extra[1] in row.facts for row in rows)]
     cells = [

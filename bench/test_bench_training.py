@@ -16,4 +16,11 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def test_training(rank: Any, settings: Settings, contestant: str, work: Any) -> None:
-    rank(f"training {work.name}", contestant, lambda: entrants(work, settings), subject="training", work=work.name)
+    rank(
+        f"training {work.name}",
+        contestant,
+        lambda: entrants(work, settings),
+        lead=1,  # a step among steps
+        subject="training",
+        work=work.name,
+    )

@@ -5,7 +5,8 @@ import copy
 import functools
 import io
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -19,15 +20,14 @@ from fastchargpt.errors import BackendUnavailableError
 from fastchargpt.model import GPT
 from fastchargpt.precision import choose_precision
 from fastchargpt.roofline import measure_roof
-from fastchargpt.step import choose_compile, make_train_step
+from fastchargpt.step import TrainStep, choose_compile, make_train_step
 
 __all__ = ["Recipe", "Work", "contestants", "entrants", "works"]
 
 Batch = tuple[Tensor, Tensor]
 
-# Steps after which the loss must be the oracle's, and by how much it may differ in each precision: the last holds what
-# 16-bit products cost a run of this length, with room to spare.
-CHECKED_STEPS = 5
+# By how much a loss may differ from the oracle's in each precision: the last holds what 16-bit products cost a run of a
+# few steps, with room to spare.
 TOLERANCE = {"fp32": 1e-4, "tf32": 2e-3, "bf16": 2e-2, "fp16": 2e-2}
 LEARNING_RATE, WEIGHT_DECAY, BETAS, GRAD_CLIP = 1e-3, 0.1, (0.9, 0.99), 1.0
 
@@ -40,6 +40,8 @@ class Work:
     batch_size: int
     # of the nanogpt family, without dropout: with it no two contestants compute the same
     shape: GPTConfig
+    # first steps whose losses must be the oracle's
+    checked_steps: int = 5
 
 
 @dataclass(frozen=True)
@@ -48,17 +50,18 @@ class Recipe:
 
     family: Family
     precision: str
-    compile: bool
+    # native, eager (torch's engine as it is) or compiled (torch.compile)
+    engine: str
 
     def __str__(self) -> str:
-        return f"{self.family}-{self.precision}-{'compiled' if self.compile else 'eager'}"
+        return f"{self.family}-{self.precision}-{self.engine}"
 
 
 def works(device: torch.device, *, quick: bool) -> list[Work]:
     """The CPU demo of nanoGPT's README; shakespeare-char too, where it does not take minutes."""
     small = GPTConfig(vocab_size=65, block_size=64, n_layer=4, n_head=4, n_embd=128, bias=False)
     large = GPTConfig(vocab_size=65, block_size=256, n_layer=6, n_head=6, n_embd=384, bias=False)
-    demo, char = Work("cpu-demo", 12, small), Work("shakespeare-char", 64, large)
+    demo, char = Work("cpu-demo", 12, small, 5 if quick else 50), Work("shakespeare-char", 64, large)
     if device.type == "cuda":
         return [char] if quick else [demo, char]
     return [demo] if quick else [demo, Work("shakespeare-char-b16", 16, large)]
@@ -68,12 +71,17 @@ def contestants(device: torch.device, *, quick: bool) -> list[str]:
     """Names of the contestants, the peers' at the end."""
     gpu = device.type == "cuda"
     families: tuple[Family, ...] = ("nanogpt", "lecture", "modern")
-    if quick:  # a cold compile takes half a minute on a CPU, and bf16 without AMX is ten times slower than fp32
-        recipes = [Recipe(family, "bf16" if gpu else "fp32", gpu) for family in families]
+    if quick:  # a cold compile takes half a minute on a CPU
+        how = [("bf16", "compiled")] if gpu else [("fp32", "native"), ("fp32", "eager")]
     else:
-        precisions = ("fp32", "tf32", "bf16") if gpu else ("fp32", "bf16")
-        recipes = [Recipe(*each) for each in itertools.product(families, precisions, (False, True))]
-    return [*map(str, recipes), "peer-nanogpt", "peer-lecture"]
+        # on a CPU without AMX bf16 is ten times slower than fp32, and auto says so
+        precisions = ("fp32", "tf32", "bf16") if gpu else sorted({"fp32", choose_precision("auto", device).name})
+        how = [*([] if gpu else [("fp32", "native")]), *itertools.product(precisions, ("eager", "compiled"))]
+    recipes = [Recipe(family, *each) for family in families for each in how]
+    peers = (
+        ["peer-nanogpt", "peer-lecture"] if quick or gpu else ["peer-nanogpt", "peer-nanogpt-compiled", "peer-lecture"]
+    )
+    return [*map(str, recipes), *peers]
 
 
 def entrants(work: Work, settings: Settings) -> dict[str, Callable[[], Contestant]]:
@@ -87,10 +95,12 @@ def entrants(work: Work, settings: Settings) -> dict[str, Callable[[], Contestan
 
     def build(name: str) -> Contestant:
         if name.startswith("peer-"):
-            step, family, precision, flops = _peer(name.removeprefix("peer-"), work, settings)
+            make = functools.partial(_peer, name.removeprefix("peer-"), work, settings)
         else:
-            step, family, precision, flops = _ours(name, work, device)
-        losses = [float(step(*batch)) for batch in itertools.islice(itertools.cycle(batches), CHECKED_STEPS)]
+            make = functools.partial(_ours, name, work, device)
+        compile_facts = _compile_seconds(make, batches[0]) if name.endswith("compiled") else {}
+        step, family, precision, flops = make()
+        losses = [float(step(*batch)) for batch in itertools.islice(itertools.cycle(batches), work.checked_steps)]
         turn = itertools.cycle(batches)
         tokens = work.batch_size * work.shape.block_size
         side = "peer" if name.startswith("peer-") else "ours"
@@ -104,11 +114,34 @@ def entrants(work: Work, settings: Settings) -> dict[str, Callable[[], Contestan
         }
         return Contestant(
             call=lambda: step(*next(turn)),
+            other_bytes=_native_bytes(step),
             check=lambda: _judge(losses, oracle(family), TOLERANCE[precision]),
-            facts={**facts, "loss": losses[-1]},
+            facts={**facts, **compile_facts, "loss": losses[-1], "loss_after_steps": len(losses)},
         )
 
     return {name: functools.partial(build, name) for name in contestants(device, quick=settings.quick)}
+
+
+def _native_bytes(step: Callable[[Tensor, Tensor], Tensor]) -> Callable[[], int] | None:
+    native = step.native if isinstance(step, TrainStep) else None
+    return None if native is None else lambda: native.held_bytes
+
+
+def _compile_seconds(make: Callable[[], "Step"], batch: Batch) -> dict[str, float]:
+    """Seconds of the first step: with an empty cache of compiled code, and with that of an earlier process."""
+    import torch._dynamo
+    from torch._inductor.utils import fresh_cache
+
+    seconds = {}
+    with fresh_cache():
+        for name in ("compile_cold_s", "compile_warm_s"):
+            torch._dynamo.reset()  # forgets what this process has compiled; the cache on disk stays
+            step, *_ = make()
+            start = time.perf_counter()
+            float(step(*batch))
+            seconds[name] = time.perf_counter() - start
+    torch._dynamo.reset()
+    return seconds
 
 
 def _roof_flops(device: torch.device, precision: str) -> float:
@@ -138,13 +171,9 @@ def _oracle(work: Work, batches: Sequence[Batch], family: Family) -> list[float]
     """The losses of plain float64 training on the naive attention: forward, backward, clip, AdamW, nothing fused."""
     model = _model(family, work).double()
     model.set_attention("naive")
-    return list(_plain_losses(model, [(x.cpu(), y.cpu()) for x, y in batches], clip=True, decay_all=False))
-
-
-def _plain_losses(model: nn.Module, batches: Sequence[Batch], *, clip: bool, decay_all: bool) -> Iterator[float]:
-    step = _plain_step(model, clip=clip, decay_all=decay_all)
-    for x, y in itertools.islice(itertools.cycle(batches), CHECKED_STEPS):
-        yield float(step(x, y))
+    step = _plain_step(model, clip=True, decay_all=False)
+    turn = itertools.cycle([(x.cpu(), y.cpu()) for x, y in batches])
+    return [float(step(x, y)) for x, y in itertools.islice(turn, work.checked_steps)]
 
 
 def _plain_step(model: nn.Module, *, clip: bool, decay_all: bool) -> Callable[[Tensor, Tensor], Tensor]:
@@ -175,8 +204,8 @@ Step = tuple[Callable[[Tensor, Tensor], Tensor], Family, str, int]
 
 
 def _ours(name: str, work: Work, device: torch.device) -> Step:
-    family, precision, how = name.split("-")
-    compiled = how == "compiled"
+    family, precision, engine = name.split("-")
+    compiled = engine == "compiled"
     if compiled:
         try:
             choose_compile("on", device, 1)
@@ -192,6 +221,7 @@ def _ours(name: str, work: Work, device: torch.device) -> Step:
         grad_clip=GRAD_CLIP,
         precision=choose_precision(precision, device),
         compile=compiled,
+        engine="native" if engine == "native" else "torch",
     )
     return step, family, precision, model.flops_per_token()  # type: ignore[return-value]
 
@@ -199,8 +229,10 @@ def _ours(name: str, work: Work, device: torch.device) -> Step:
 def _peer(name: str, work: Work, settings: Settings) -> Step:
     """A peer's model under the statements of its own training loop, in fp32, eager: as its script runs on a CPU.
 
-    On a GPU both scripts differ: nanoGPT's default is bf16 autocast and torch.compile, so it gets them.
+    nanoGPT is also there under torch.compile, its own option. On a GPU both scripts differ: its default is bf16
+    autocast and torch.compile, so it gets them.
     """
+    name, _, how = name.partition("-")
     if name not in settings.peers:
         raise Absent(f"give its checkout with --peer {name}=PATH")
     checkout, device = settings.peers[name], settings.device
@@ -214,6 +246,9 @@ def _peer(name: str, work: Work, settings: Settings) -> Step:
             allow_recompiles()
             model.compile()
             return _autocast_step(model, optimizer), "nanogpt", "bf16", ours.flops_per_token()
+        if how == "compiled":
+            allow_recompiles()
+            model.compile()
         return _loop_body(model, optimizer, clip=True), "nanogpt", "fp32", ours.flops_per_token()
     from fastchargpt.integrations.lecture import to_lecture
 

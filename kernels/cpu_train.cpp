@@ -637,6 +637,12 @@ void* ft_new(const int64_t* shape, double softcap) {
 
 void ft_free(void* handle) { delete static_cast<Trainer*>(handle); }
 
+// Bytes held for batches of the shape last seen, and for the packed weights.
+int64_t ft_bytes(void* handle) {
+    auto* trainer = static_cast<Trainer*>(handle);
+    return int64_t(trainer->arena.size + trainer->weights_arena.size);
+}
+
 // The mean loss of a batch, and its gradients. 0, or 1 where there is no memory, or 2 where a token is out of range.
 int ft_run(void* handle, int B, int T, const int64_t* x, const int64_t* y, const float* const* weights, float* const* grads,
            const float* rope, int64_t rope_length, double scale, int add, double* loss) {

@@ -31,6 +31,8 @@ def library() -> ctypes.CDLL:
     lib.ft_new.argtypes = [address, number]
     lib.ft_free.restype = None
     lib.ft_free.argtypes = [address]
+    lib.ft_bytes.restype = long
+    lib.ft_bytes.argtypes = [address]
     lib.ft_update.restype = whole
     lib.ft_update.argtypes = [address, whole, address, address, address]
     lib.ft_run.restype = whole
@@ -79,6 +81,11 @@ class NativeTrainer:
     def __del__(self) -> None:
         if getattr(self, "_handle", None):
             self._lib.ft_free(self._handle)
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes held between calls: activations of the shape last seen, and packed weights."""
+        return int(self._lib.ft_bytes(self._handle))
 
     def run(
         self,

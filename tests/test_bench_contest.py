@@ -50,6 +50,16 @@ def test_only_the_right_are_timed() -> None:
     assert "wrong" not in calls
 
 
+def test_memory_outside_the_allocator_counts() -> None:
+    found = hold(
+        {"x": lambda: Contestant(call=lambda: None, check=lambda: None, other_bytes=lambda: 7)},
+        CPU,
+        seconds=0,
+        rounds=1,
+    )
+    assert found["x"].peak_bytes == 7
+
+
 def test_peak_memory_counts_what_is_held_at_once() -> None:
     def call() -> None:
         first = torch.empty(1000, dtype=torch.uint8)
@@ -104,6 +114,7 @@ def test_training_is_checked_against_float64(tiny_training: training.Work, monke
         assert results[name].wrong is None, results[name].wrong
         assert results[name].facts["tokens"] == 16
     assert "--peer nanogpt=PATH" in (results["peer-nanogpt"].absent or "")
+    assert "multiples of 16" in (results["nanogpt-fp32-native"].absent or "")
     monkeypatch.setattr(training, "LEARNING_RATE", 1.1e-3)  # ours from now on, beside an oracle that is already known
     truth = training._oracle(tiny_training, _batches(), "nanogpt")
     monkeypatch.setattr(training, "LEARNING_RATE", 1e-3)

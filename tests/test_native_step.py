@@ -393,3 +393,13 @@ def test_memory_that_cannot_be_had_is_an_error(monkeypatch):
     with pytest.raises(MemoryError, match="2 x 20 tokens"):
         step(*make_batch(model, 2, 20))
     assert cpu_train.WIDTH == 16
+
+
+def test_its_memory_is_told():
+    step = NativeStep(make_model())
+    few, many = (make_batch(step.model, rows, 20) for rows in (2, 40))
+    step(*few)
+    small = step.held_bytes
+    step(*many)
+    assert small > 0
+    assert step.held_bytes > small

@@ -147,6 +147,11 @@ class NativeStep:
             self._plan = _UpdatePlan(optimizer)
         return self._plan.run(self._native, grad_clip)
 
+    @property
+    def held_bytes(self) -> int:
+        """Bytes held between calls, outside torch's allocator: activations of the shape last seen, packed weights."""
+        return self._native.held_bytes
+
     def _check(self, x: Tensor) -> None:
         limit = self.model.config.block_size
         if x.shape[1] > limit:
