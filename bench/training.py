@@ -15,12 +15,13 @@ from torch import Tensor, nn
 from fastchargpt.bench.contest import Absent, Contestant, allow_recompiles
 from fastchargpt.bench.peers import lecture_model, nanogpt_model
 from fastchargpt.bench.settings import Settings
+from fastchargpt.choices import choose_compile
 from fastchargpt.config import Family, GPTConfig
 from fastchargpt.errors import BackendUnavailableError
 from fastchargpt.model import GPT
 from fastchargpt.precision import choose_precision
 from fastchargpt.roofline import measure_roof
-from fastchargpt.step import TrainStep, choose_compile, make_train_step
+from fastchargpt.step import TrainStep, make_train_step
 
 __all__ = ["Recipe", "Work", "contestants", "entrants", "works"]
 

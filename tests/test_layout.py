@@ -32,6 +32,7 @@ STAGES = [
     ["model"],
     ["optim", "precision"],
     ["native_step"],
+    ["choices"],
     ["step", "evaluation"],
     ["checkpoint"],
     ["faults", "trainer", "loading"],

@@ -8,13 +8,13 @@ import torch
 
 from fastchargpt import GPT, GPTConfig, TrainConfig, make_train_step
 from fastchargpt.batches import place_tokens
+from fastchargpt.choices import choose_engine
 from fastchargpt.errors import BackendUnavailableError, ConfigError
 from fastchargpt.evaluation import evaluate
 from fastchargpt.kernels import cpu_train
 from fastchargpt.native_step import NativeStep, native_step_problem, native_update_problem
 from fastchargpt.optim import Muon, make_muon, make_optimizer, orthogonalise, shape_factor
 from fastchargpt.precision import choose_precision
-from fastchargpt.step import choose_engine
 
 V = 65
 SWITCHES = [

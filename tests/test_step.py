@@ -5,11 +5,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from fastchargpt.choices import choose_compile
 from fastchargpt.config import GPTConfig
 from fastchargpt.errors import BackendUnavailableError, ConfigError
 from fastchargpt.model import GPT
 from fastchargpt.precision import choose_device, choose_precision
-from fastchargpt.step import choose_compile, make_train_step
+from fastchargpt.step import make_train_step
 
 CONFIG = GPTConfig(n_layer=2, n_head=2, n_embd=16, block_size=8, vocab_size=11)
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from fastchargpt.attention import causal_attention, explain_attention
+from fastchargpt.choices import choose_compile
 from fastchargpt.errors import BackendUnavailableError, CorpusError
 from fastchargpt.finding import Finding, Status
 from fastchargpt.hardware import peak_flops
@@ -19,7 +20,6 @@ from fastchargpt.parity import attention_inputs, check_attention, forward_backwa
 from fastchargpt.precision import Precision, choose_device, choose_precision
 from fastchargpt.presets import PRESETS
 from fastchargpt.roofline import measure_roof
-from fastchargpt.step import choose_compile
 from fastchargpt.timing import race
 
 __all__ = ["examinations"]

@@ -13,6 +13,7 @@ import torch
 from fastchargpt.attention import explain_attention
 from fastchargpt.batches import TokenBatches, place_tokens
 from fastchargpt.checkpoint import Checkpoint, load_last_good, save_checkpoint
+from fastchargpt.choices import choose_compile, choose_engine
 from fastchargpt.config import GPTConfig, TrainConfig
 from fastchargpt.corpus import Corpus
 from fastchargpt.determinism import check_deterministic, deterministic_algorithms
@@ -24,7 +25,7 @@ from fastchargpt.model import GPT
 from fastchargpt.optim import learning_rate_at, make_optimizer
 from fastchargpt.precision import choose_device, choose_precision
 from fastchargpt.signals import StopSignals
-from fastchargpt.step import choose_compile, choose_engine, make_train_step
+from fastchargpt.step import make_train_step
 
 __all__ = ["TrainResult", "Trainer"]
 
