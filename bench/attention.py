@@ -142,8 +142,7 @@ def _tiled(q: Tensor) -> Entry:
     entry = _ours("triton")(q)
     from fastchargpt.kernels import tuning
 
-    kind = "fp32" if q.dtype == torch.float32 else "half"
-    plan = tuning.plan_for(tuning.arch_of(q.device), kind, q.shape[-1], 2**30, False)
+    plan = tuning.plan(q.device, q.dtype, q.shape[-1], 2**30, dropout=False)
     return entry._replace(scope=lambda: tuning.forced(plan))
 
 

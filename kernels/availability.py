@@ -8,7 +8,7 @@ import warnings
 
 import torch
 
-__all__ = ["MINIMUM_CAPABILITY", "MINIMUM_TRITON", "triton_problem"]
+__all__ = ["MINIMUM_CAPABILITY", "MINIMUM_TRITON", "triton_problem", "triton_version"]
 
 MINIMUM_TRITON = (3, 5)
 MINIMUM_CAPABILITY = (8, 0)
@@ -35,16 +35,22 @@ def triton_problem(device_type: str, index: int) -> str | None:
 triton_problem._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def _probe(device_type: str, index: int) -> str | None:
+def triton_version() -> str | None:
+    """Triton's version, without importing it where its package says so; None where there is none."""
     try:
-        version = importlib.metadata.version("triton")
+        return importlib.metadata.version("triton")
     except importlib.metadata.PackageNotFoundError:
         try:
             import triton
-
-            version = triton.__version__
         except ImportError:
-            return "Triton is not installed"
+            return None
+        return str(triton.__version__)
+
+
+def _probe(device_type: str, index: int) -> str | None:
+    version = triton_version()
+    if version is None:
+        return "Triton is not installed"
     if tuple(int(part) for part in version.split(".")[:2]) < MINIMUM_TRITON:
         return f"Triton {version} is older than {'.'.join(map(str, MINIMUM_TRITON))}"
     try:

@@ -1,22 +1,20 @@
-"""Which kernel runs with which blocks, warps and stages: read from the tables beside this file, nothing measured here.
+"""Which kernel runs with which blocks, warps and stages: read from tables (tables.py), nothing measured here.
 
-A table, tuning/<arch>.json, holds entries (kernel, dtype, head_dim, max_length, dropout) -> launch settings. An entry
-serves any head_dim up to its own and any sequence up to its max_length (null: any). tuning/README.md says how the
-entries were chosen, and why the one-launch kernels end where they end.
+An entry serves any head_dim up to its own and any sequence up to its max_length (null: any). A table that the user has
+measured on this GPU (`fastchargpt bench attention --tune`) comes before the shipped one. tuning/README.md says how the
+shipped entries were chosen, and why the one-launch kernels end where they end.
 """
 
 import contextlib
 import dataclasses
 import functools
-import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from ..errors import ConfigError
+from .tables import KERNELS, Config, Entry, UserTable, known_archs, load_table, save_table, user_table
 
 __all__ = [
     "KERNELS",
@@ -25,64 +23,19 @@ __all__ = [
     "Plan",
     "arch_of",
     "forced",
+    "forget",
+    "gpu_of",
     "known_archs",
     "load_table",
+    "origin",
     "plan",
+    "plan_for",
     "save_table",
     "widest_head",
 ]
 
-KERNELS = ("forward", "decode", "tile", "blocks", "dq", "dkdv")
-FOLDER = Path(__file__).parent / "tuning"
-USER_FOLDER = "FASTCHARGPT_TUNING_DIR"  # tables found there come first
 INTERPRETER_ARCH = "sm_80"  # whose table the interpreter reads
-
-
-@dataclasses.dataclass(frozen=True)
-class Config:
-    """Launch settings of one kernel, named in `KERNELS`."""
-
-    kernel: str
-    block_m: int  # queries a tile
-    block_n: int  # keys a tile
-    num_warps: int
-    num_stages: int  # depth of the software pipeline
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """As keyword arguments of a launch."""
-        return {
-            "BLOCK_M": self.block_m,
-            "BLOCK_N": self.block_n,
-            "num_warps": self.num_warps,
-            "num_stages": self.num_stages,
-        }
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Entry:
-    """One line of a table: settings, and what they serve."""
-
-    config: Config
-    dtype: str  # "half" (float16 and bfloat16) or "fp32" (ieee and tf32)
-    head_dim: int  # the largest it serves
-    max_length: int | None  # the longest of Tq and Tk that it serves; None is any
-    dropout: bool  # whether it was checked with dropout on
-
-    def to_json(self) -> dict[str, Any]:
-        """A flat dictionary, as it stands in a table."""
-        fields = dataclasses.asdict(self)
-        return {"kernel": fields["config"].pop("kernel"), **{k: fields[k] for k in _KEYS}, **fields["config"]}
-
-    @classmethod
-    def from_json(cls, fields: dict[str, Any]) -> "Entry":
-        """The inverse of `to_json`; raises KeyError or TypeError for fields that are missing or not known."""
-        fields = dict(fields)
-        keys = {key: fields.pop(key) for key in _KEYS}
-        return cls(config=Config(**fields), **keys)
-
-
-_KEYS = ("dtype", "head_dim", "max_length", "dropout")
+NO_LIMIT = 2**62  # of an entry without a max_length
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,18 +64,37 @@ def plan(device: torch.device, dtype: torch.dtype, head_dim: int, length: int, *
     """The launches for sequences of at most `length` queries and keys on `device`."""
     if _forced:
         return _forced[-1]
-    return plan_for(arch_of(device), "fp32" if dtype == torch.float32 else "half", head_dim, length, dropout)
+    return _choose(arch_of(device), gpu_of(device), _kind(dtype), head_dim, length, dropout).plan
+
+
+def plan_for(arch: str, dtype: str, head_dim: int, length: int, dropout: bool) -> Plan:
+    """As `plan`, by the names that the tables use, and by the shipped table alone."""
+    return _choose(arch, None, dtype, head_dim, length, dropout).plan
+
+
+def origin(device: torch.device, dtype: torch.dtype, head_dim: int, length: int, *, dropout: bool) -> str:
+    """Where the settings that `plan` gives come from, in words."""
+    if _forced:
+        return "settings forced by the caller"
+    path = _choose(arch_of(device), gpu_of(device), _kind(dtype), head_dim, length, dropout).path
+    return "settings as shipped" if path is None else f"settings measured on this machine, from {path}"
 
 
 def widest_head(device_type: str, index: int, dtype: torch.dtype, dropout: bool) -> int:
-    """The largest head_dim that the device's table serves in `dtype` at every length; 0 is none."""
+    """The largest head_dim that the device's tables serve in `dtype` at every length; 0 is none."""
     if _forced:
         return 256
-    kind = "fp32" if dtype == torch.float32 else "half"
-    entries = load_table(arch_of(torch.device(device_type, index)))
+    device = torch.device(device_type, index)
+    arch, kind = arch_of(device), _kind(dtype)
+    own = user_table(arch, gpu_of(device))
+    entries = (*(own.entries if own else ()), *load_table(arch))
     served = [
         max(
-            (e.head_dim for e in entries if e.config.kernel == kernel and e.dtype == kind and e.dropout >= dropout),
+            (
+                e.head_dim
+                for e in entries
+                if e.config.kernel == kernel and e.dtype == kind and e.dropout >= dropout and e.max_length is None
+            ),
             default=0,
         )
         for kernel in ("forward", "dq", "dkdv")
@@ -134,58 +106,65 @@ def widest_head(device_type: str, index: int, dtype: torch.dtype, dropout: bool)
 widest_head._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
+def forget() -> None:
+    """Read the tables anew: one of them has been written."""
+    for cached in (_choose, load_table, user_table):
+        cached.cache_clear()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Choice:
+    plan: Plan
+    path: Path | None  # of the user's table, where any of the settings are from there
+
+
 @functools.lru_cache(maxsize=1024)
-def plan_for(arch: str, dtype: str, head_dim: int, length: int, dropout: bool) -> Plan:
-    """As `plan`, by the names that the tables use."""
-    entries = load_table(arch)
+def _choose(arch: str, gpu: str | None, dtype: str, head_dim: int, length: int, dropout: bool) -> _Choice:
+    """The nearest entries that serve; `gpu` None looks at the shipped table alone."""
+    own: UserTable | None = None if gpu is None else user_table(arch, gpu)
+    measured = own.entries if own else ()
+    serving = [
+        (_distance(entry, shipped), entry)
+        for entries, shipped in ((measured, False), (load_table(arch), True))
+        for entry in entries
+        if entry.dtype == dtype
+        and entry.head_dim >= head_dim
+        and (entry.max_length is None or entry.max_length >= length)
+        and entry.dropout >= dropout  # what holds dropout's registers holds the plain kernel's too
+    ]
 
-    def find(kernel: str) -> Config | None:
-        fitting = [
-            entry
-            for entry in entries
-            if entry.config.kernel == kernel
-            and entry.dtype == dtype
-            and entry.head_dim >= head_dim
-            and (entry.max_length is None or entry.max_length >= length)
-            and entry.dropout >= dropout  # what holds dropout's registers holds the plain kernel's too
-        ]
-        best = min(fitting, key=lambda e: (e.head_dim, e.max_length or 2**31, e.dropout), default=None)
-        return best.config if best else None
+    def find(kernel: str) -> tuple[tuple[int, ...], Entry] | None:
+        return min((item for item in serving if item[1].config.kernel == kernel), key=lambda i: i[0], default=None)
 
-    def need(kernel: str) -> Config:
-        config = find(kernel)
-        if config is None:
+    def need(kernel: str) -> tuple[tuple[int, ...], Entry]:
+        found = find(kernel)
+        if found is None:
             raise ConfigError(f"the launch table of {arch} has no {kernel!r} entry for {dtype}, head_dim {head_dim}")
-        return config
+        return found
 
-    one_launch = find("tile") or find("blocks")
-    return Plan(need("forward"), (one_launch,) if one_launch else (need("dq"), need("dkdv")), find("decode"))
-
-
-@functools.lru_cache(maxsize=32)
-def load_table(arch: str) -> tuple[Entry, ...]:
-    """The entries of an architecture's table.
-
-    Raises:
-        ConfigError: a table that cannot be read.
-    """
-    folders = [Path(folder) for folder in (os.environ.get(USER_FOLDER),) if folder]
-    path = next((f / f"{arch}.json" for f in folders if (f / f"{arch}.json").exists()), FOLDER / f"{arch}.json")
-    try:
-        return tuple(Entry.from_json(fields) for fields in json.loads(path.read_text())["entries"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"the launch table {path} cannot be read: {type(error).__name__}: {error}") from error
+    forward, decode = need("forward"), find("decode")
+    # One launch where its entry is as near as the pair's: by its max_length a table says where which is faster.
+    ways = [[found] for found in (find("tile"), find("blocks")) if found] + [[need("dq"), need("dkdv")]]
+    backward = min(ways, key=lambda way: max(distance for distance, _ in way))
+    chosen = [forward, *backward, *([decode] if decode else [])]
+    configs = tuple(entry.config for _, entry in backward)
+    launches = Plan(forward[1].config, configs, decode[1].config if decode else None)
+    return _Choice(launches, own.path if own and any(not distance[1] for distance, _ in chosen) else None)
 
 
-def save_table(path: Path, arch: str, entries: list[Entry]) -> None:
-    """Write a table, one entry a line."""
-    lines = ",\n".join("    " + json.dumps(entry.to_json()) for entry in entries)
-    path.write_text(f'{{\n  "arch": "{arch}",\n  "entries": [\n{lines}\n  ]\n}}\n')
+def _distance(entry: Entry, shipped: bool) -> tuple[int, ...]:
+    """What is compared first to last: the nearest head_dim, the measured table, the nearest length, no idle dropout."""
+    return entry.head_dim, int(shipped), entry.max_length or NO_LIMIT, int(entry.dropout)
 
 
-def known_archs() -> list[str]:
-    """The architectures that have a shipped table."""
-    return sorted(path.stem for path in FOLDER.glob("*.json"))
+def _kind(dtype: torch.dtype) -> str:
+    return "fp32" if dtype == torch.float32 else "half"
+
+
+@functools.lru_cache(maxsize=64)
+def gpu_of(device: torch.device) -> str:
+    """The name of a GPU, as its driver gives it; empty for the interpreter."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else ""
 
 
 @functools.lru_cache(maxsize=64)

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from fastchargpt.errors import ConfigError
-from fastchargpt.kernels import tuning
-from fastchargpt.kernels.tuning import Config, Entry, known_archs, load_table, plan_for, save_table, widest_head
+from fastchargpt.kernels import tables, tuning
+from fastchargpt.kernels.tuning import Config, Entry, known_archs, load_table, plan_for, widest_head
 
 HEAD_DIMS = (8, 16, 59, 64, 128)
 
@@ -46,19 +46,48 @@ def test_entries_are_well_formed_and_none_is_said_twice(arch: str) -> None:
         assert min(entry.config.block_m, entry.config.block_n) >= 16  # the least that a tensor core takes
 
 
-def test_a_table_survives_being_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_table_survives_being_written(tmp_path: Path) -> None:
     entries = [
         Entry(config=Config("forward", 64, 32, 4, 2), dtype="half", head_dim=64, max_length=None, dropout=True),
         Entry(config=Config("tile", 64, 64, 4, 1), dtype="half", head_dim=64, max_length=64, dropout=False),
     ]
-    save_table(tmp_path / "sm_80.json", "sm_80", entries)
-    assert json.loads((tmp_path / "sm_80.json").read_text())["arch"] == "sm_80"
-    monkeypatch.setenv(tuning.USER_FOLDER, str(tmp_path))
-    load_table.cache_clear()
+    path = tmp_path / "sm_80.json"
+    tables.save_table(path, "sm_80", entries, facts={"gpu": "A100"}, lists={"measurements": [{"us": 1.5}], "none": []})
+    assert json.loads(path.read_text())["measurements"] == [{"us": 1.5}]
+    assert list(tables.read_table(path, "sm_80")) == entries
+    assert [path.name for path in tmp_path.iterdir()] == ["sm_80.json"]
+
+
+def test_a_table_measured_on_another_gpu_of_the_architecture_is_not_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(tables.USER_FOLDER, str(tmp_path))
+    tuning.forget()
+    entry = Entry(config=Config("forward", 64, 32, 4, 3), dtype="half", head_dim=64, max_length=None, dropout=True)
+    path = tables.user_path("sm_90", "NVIDIA H100 80GB HBM3")
+    assert path == tmp_path / "sm_90-nvidia-h100-80gb-hbm3.json"
+    tables.save_table(path, "sm_90", [entry])
     try:
-        assert list(load_table("sm_80")) == entries
+        assert tables.user_table("sm_90", "NVIDIA H200") is None
+        found = tables.user_table("sm_90", "NVIDIA H100 80GB HBM3")
+        assert found == (path, (entry,))
+        tables.save_table(tmp_path / "sm_90.json", "sm_90", [])  # without a GPU's name: for every one
+        tuning.forget()
+        assert tables.user_table("sm_90", "NVIDIA H200") == (tmp_path / "sm_90.json", ())
+        assert tables.user_table("sm_90", "NVIDIA H100 80GB HBM3") == found
     finally:
-        load_table.cache_clear()
+        monkeypatch.undo()
+        tuning.forget()
+
+
+def test_measured_tables_lie_in_the_cache_unless_the_environment_names_a_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(tables.USER_FOLDER, raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert tables.user_path("gfx942", "AMD Instinct MI300X") == (
+        tmp_path / "fastchargpt" / "tuning" / "gfx942-amd-instinct-mi300x.json"
+    )
 
 
 def test_what_no_table_serves_is_said() -> None:
@@ -67,12 +96,7 @@ def test_what_no_table_serves_is_said() -> None:
         plan_for("sm_80", "half", 512, 64, False)
 
 
-def test_a_broken_table_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "sm_80.json").write_text('{"entries": [{"kernel": "forward"}]}')
-    monkeypatch.setenv(tuning.USER_FOLDER, str(tmp_path))
-    load_table.cache_clear()
-    try:
-        with pytest.raises(ConfigError, match=r"sm_80\.json cannot be read: KeyError"):
-            load_table("sm_80")
-    finally:
-        load_table.cache_clear()
+def test_a_broken_table_is_named(tmp_path: Path) -> None:
+    (tmp_path / "sm_80.json").write_text('{"arch": "sm_80", "entries": [{"kernel": "forward"}]}')
+    with pytest.raises(ConfigError, match=r"sm_80\.json cannot be read: KeyError"):
+        tables.read_table(tmp_path / "sm_80.json", "sm_80")

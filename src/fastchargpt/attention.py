@@ -12,7 +12,7 @@ from .errors import AttentionError, BackendUnavailableError, nearest
 from .kernels import naive, sdpa
 from .kernels.availability import triton_problem
 from .kernels.philox import draw_seed
-from .kernels.tuning import widest_head
+from .kernels.tuning import origin, widest_head
 
 __all__ = [
     "BACKENDS",
@@ -160,7 +160,9 @@ def explain_attention(
     if name == "triton":
         from .kernels import flash
 
-        detail = f" ({flash.describe(q, k, dropout_p=dropout_p)})"
+        length = max(q.shape[2], k.shape[2])
+        settings = origin(q.device, q.dtype, q.shape[-1], length, dropout=dropout_p > 0.0)
+        detail = f" ({flash.describe(q, k, dropout_p=dropout_p)}; {settings})"
     return f"{name}: {reason}{detail}"
 
 

@@ -52,26 +52,38 @@ def forward_backward(attend: Attend, q: Tensor, k: Tensor, v: Tensor, grad: Tens
     return (out, *torch.autograd.grad(out, (q, k, v), grad))
 
 
-def check_attention(attend: Attend, inputs: tuple[Tensor, Tensor, Tensor, Tensor]) -> Parity:
+def check_attention(
+    attend: Attend,
+    inputs: tuple[Tensor, Tensor, Tensor, Tensor],
+    *,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    eps: float | None = None,
+) -> Parity:
     """Compare a causal attention, forward and gradients, with the definition.
 
     Heads do not depend on each other, so the reference recomputes only the first and last of the first and last
     sequence: where a wrong offset would show.
 
     Args:
-        attend: called once as attend(q, k, v), each (B, H, T, D); scale D**-0.5, no dropout.
+        attend: called once as attend(q, k, v), each (B, H, T, D); scale D**-0.5.
         inputs: of `attention_inputs`.
+        dropout_p: what `attend` drops, by the mask of `seed`; B must then be 1 and H at most 2, as a mask belongs to a
+            head's number.
+        seed: as `naive.attention` takes it.
+        eps: the relative rounding of the products' operands where that is not the dtype's own: 2**-10 for tf32.
     """
+    assert not dropout_p or (inputs[0].shape[0] == 1 and inputs[0].shape[1] <= 2), "heads would be renumbered"
     got = [_sampled(x) for x in forward_backward(attend, *inputs)]
     few = [_sampled(x) for x in inputs]
     scale = inputs[0].shape[-1] ** -0.5
 
     def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return naive.attention(q, k, v, scale=scale, causal=True)[0]
+        return naive.attention(q, k, v, scale=scale, causal=True, dropout_p=dropout_p, seed=seed)[0]
 
     true = forward_backward(plain, *(x.double().requires_grad_(i < 3) for i, x in enumerate(few)))
     same = forward_backward(plain, *(x.clone().requires_grad_(i < 3) for i, x in enumerate(few)))
-    output, *gradients = (_share(*each) for each in zip(got, true, same, strict=True))
+    output, *gradients = (_share(*each, eps) for each in zip(got, true, same, strict=True))
     return Parity(output=output, gradients=max(gradients, key=lambda share: (math.isnan(share), share)))
 
 
@@ -82,12 +94,12 @@ def _sampled(x: Tensor) -> Tensor:
     return torch.stack([x.detach()[b, h] for b, h in pairs])[None]
 
 
-def _share(got: Tensor, true: Tensor, same: Tensor) -> float:
+def _share(got: Tensor, true: Tensor, same: Tensor, eps: float | None) -> float:
     """The error of `got` as a share of what is allowed for its format."""
     true = true.detach()
     if got.shape != true.shape or got.dtype != same.dtype:
         return math.nan
-    ulp = torch.finfo(got.dtype).eps * float(true.abs().max())
+    ulp = (eps or torch.finfo(got.dtype).eps) * float(true.abs().max())
     plain_error = float((same.detach().double() - true).abs().max())
     allowed = min(2 * plain_error + SLACK_ULPS[got.dtype.itemsize] * ulp, MOST_ULPS * ulp)
     return float((got.double() - true).abs().max()) / allowed if allowed else math.nan

@@ -16,6 +16,7 @@ __all__ = ["run"]
 
 SUBJECTS = ("attention", "training", "generation", "tokenizers", "batches", "samplers")
 USAGE = """fastchargpt bench [SUBJECT ...] [--quick] [--device D] [--peer nanogpt=PATH] [--out FILE.json]
+       fastchargpt bench attention --tune [--head-dim D ...] [--dtype half|fp32 ...] [--again] [--out FILE.json]
        fastchargpt bench speedrun [CORPUS ...] [--peer nanogpt=PATH] [--rounds N] [--seeds N] [--out FILE.json]
        fastchargpt bench report A.json [B.json] [--out report.html]
        fastchargpt bench compare A.json B.json"""
@@ -26,7 +27,7 @@ def run(argv: Sequence[str]) -> int:
 
     Raises:
         ConfigError: the words are not understood, or a file is no result.
-        BackendUnavailableError: pytest-benchmark is missing, or the device is not there.
+        BackendUnavailableError: pytest-benchmark is missing, or the device is not there or not one that can be tuned.
     """
     words = list(argv)
     if words[:1] == ["report"]:
@@ -35,6 +36,8 @@ def run(argv: Sequence[str]) -> int:
         return _compare(words[1:])
     if words[:1] == ["speedrun"]:
         return _speedrun(words[1:])
+    if "--tune" in words:
+        return _tune(words)
     return _suite(words)
 
 
@@ -76,6 +79,29 @@ def _suite(words: Sequence[str]) -> int:
     if options.out.is_file():
         print(f"saved {options.out}; `fastchargpt bench report {options.out}` makes a page of it")
     return status
+
+
+def _tune(words: Sequence[str]) -> int:
+    parser = _parser("bench attention --tune")
+    parser.add_argument("subject", choices=["attention"], help="what is tuned")
+    parser.add_argument("--tune", action="store_true", help="measure launch settings and write a table of them")
+    parser.add_argument("--device", default="auto", help="cuda or cuda:N (default: %(default)s)")
+    parser.add_argument("--head-dim", type=int, nargs="+", default=[64, 128, 32], help="default: 64 128 32")
+    parser.add_argument("--dtype", choices=["half", "fp32"], nargs="+", default=["half", "fp32"], help="default: both")
+    parser.add_argument("--quick", action="store_true", help="half precision and head_dim 64 without dropout only")
+    parser.add_argument("--again", action="store_true", help="forget what the table holds already")
+    parser.add_argument("--out", type=Path, help="the table (default: where the kernels look for it)")
+    options = parser.parse_args(words)
+    from fastchargpt.bench.tune_command import run_tune
+
+    return run_tune(
+        options.device,
+        dtypes=["half"] if options.quick else options.dtype,
+        head_dims=[64] if options.quick else options.head_dim,
+        dropout=(False,) if options.quick else (False, True),
+        again=options.again,
+        out=options.out,
+    )
 
 
 def _speedrun(words: Sequence[str]) -> int:
