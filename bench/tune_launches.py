@@ -50,10 +50,34 @@ class GpuRig:
         return None
 
     def race(self, place: Place, plans: Mapping[str, Plan], what: str) -> Mapping[str, float]:
-        """Median seconds of each plan."""
-        calls = {name: self._call(place, plan, what) for name, plan in plans.items()}
+        """Median seconds of each plan, on the same tensors; the operator's own host code is timed, without autograd."""
+        tensors = self._tensors(place, what)
+        seed = torch.zeros(1, dtype=torch.int64, device=self.device)
+        options = (seed, place.head_dim**-0.5, True, DROPOUT if place.dropout else 0.0)
+
+        def run(plan: Plan) -> object:
+            with torch.no_grad(), forced(plan):
+                if what == "backward":
+                    return torch.ops.fastchargpt.attention_backward(*tensors, *options)
+                return torch.ops.fastchargpt.attention_forward(*tensors, *options)
+
+        if what == "backward":
+            q, k, v, dout = tensors
+            with torch.no_grad(), forced(next(iter(plans.values()))):
+                out, lse = torch.ops.fastchargpt.attention_forward(q, k, v, *options)
+            tensors = (dout, None, q, k, v, out, lse)
+        calls = {name: functools.partial(run, plan) for name, plan in plans.items()}
         timings = self.racer(calls, self.device, seconds=self.seconds, warmup=3, min_rounds=15)
         return {name: timing.median for name, timing in timings.items()}
+
+    def _tensors(self, place: Place, what: str) -> tuple[torch.Tensor | None, ...]:
+        """q, k, v, and for a backward dout: as many heads and tokens as a training step has; one query for a decode."""
+        heads, batch = max(1, WIDTH // place.head_dim), max(1, self.tokens // place.length)
+        sizes = (1 if what == "decode" else batch, heads, place.length, place.head_dim)
+        q, k, v, dout = (x.detach() for x in attention_inputs(*sizes, device=self.device, dtype=_dtype(place)))
+        if what == "decode":
+            q = q[:, :, -1:]
+        return (q, k, v, dout) if what == "backward" else (q, k, v)
 
     def _wrong(self, place: Place, plan: Plan, what: str, eps: float | None) -> str | None:
         dropout_p = DROPOUT if place.dropout else 0.0
@@ -91,35 +115,6 @@ class GpuRig:
         error, allowed = (float((x.double() - true).abs().max()) for x in (got, plain))
         slack = 4 * (eps or torch.finfo(q.dtype).eps) * float(true.abs().max())
         return None if error <= 2 * allowed + slack else f"its error against float64 is {error:.2e}"
-
-    def _call(self, place: Place, plan: Plan, what: str) -> Callable[[], object]:
-        """What is timed: the operator's own host code, without autograd."""
-        heads, batch = max(1, WIDTH // place.head_dim), max(1, self.tokens // place.length)
-        dtype, dropout_p = _dtype(place), DROPOUT if place.dropout else 0.0
-        scale = place.head_dim**-0.5
-        queries = place.length
-        if what == "decode":
-            batch, queries = 1, 1
-        q, k, v, dout = (
-            x.detach()
-            for x in attention_inputs(batch, heads, place.length, place.head_dim, device=self.device, dtype=dtype)
-        )
-        q, dout = q[:, :, -queries:], dout[:, :, -queries:]
-        seed = torch.zeros(1, dtype=torch.int64, device=self.device)
-        options = (seed, scale, True, dropout_p)
-        forward = functools.partial(torch.ops.fastchargpt.attention_forward, q, k, v, *options)
-        if what == "backward":
-            with torch.no_grad(), forced(plan):
-                out, lse = forward()
-            call = functools.partial(torch.ops.fastchargpt.attention_backward, dout, None, q, k, v, out, lse, *options)
-        else:
-            call = forward
-
-        def run() -> object:
-            with torch.no_grad(), forced(plan):
-                return call()
-
-        return run
 
     def _wait(self) -> None:
         if self.device.type == "cuda":

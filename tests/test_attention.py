@@ -184,6 +184,50 @@ def test_auto_takes_triton_on_a_gpu_that_it_serves(
     assert reason
 
 
+@pytest.mark.parametrize(
+    ("dtype", "head_dim", "words"),
+    [
+        (torch.float64, 64, "the Triton kernels have no float64"),
+        (torch.bfloat16, 4, "take a head_dim from 8 to 256, and it is 4"),
+        (torch.bfloat16, 320, "take a head_dim from 8 to 256, and it is 320"),
+        (torch.float32, 72, r"has no torch.float32 kernels without spills for a head_dim of 72"),
+    ],
+    ids=str,
+)
+def test_what_the_kernels_do_not_serve_goes_to_sdpa_with_the_reason(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, head_dim: int, words: str
+) -> None:
+    monkeypatch.setattr(attention, "triton_problem", lambda *_: None)
+    monkeypatch.setattr(attention, "widest_head", lambda *_: 64)
+    x = _OnGpu()
+    x.dtype, x.shape = dtype, (1, 1, 8, head_dim)
+    asked = {"causal": True, "dropout_p": 0.0, "return_lse": False}
+    name, reason = choose_backend(x, x, x, backend="auto", **asked)  # type: ignore[arg-type]
+    assert name == "sdpa"
+    assert words in reason
+    with pytest.raises(BackendUnavailableError, match=words):
+        choose_backend(x, x, x, backend="triton", **asked)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("capability", "model"), [((7, 0), "Tesla V100"), ((7, 5), "Tesla T4")])
+def test_a_gpu_on_which_triton_has_no_tensor_cores_takes_sdpa_and_says_so(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], model: str
+) -> None:
+    monkeypatch.setattr(availability, "_ANSWERS", {})
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: model)
+    x = _OnGpu()
+    x.dtype = torch.float16
+    asked = {"causal": True, "dropout_p": 0.0, "return_lse": False}
+    words = f"Triton uses no tensor cores on {model} (compute capability below 8.0)"
+    with pytest.warns(UserWarning, match="attention runs on torch's SDPA, because Triton uses no tensor cores"):
+        name, reason = choose_backend(x, x, x, backend="auto", **asked)  # type: ignore[arg-type]
+    assert (name, reason) == ("sdpa", words)
+    with pytest.raises(BackendUnavailableError, match="Triton uses no tensor cores"):
+        choose_backend(x, x, x, backend="triton", **asked)  # type: ignore[arg-type]
+
+
 def test_a_gpu_without_triton_says_so_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(availability, "_ANSWERS", {})
     monkeypatch.setattr(availability, "_probe", lambda *_: "Triton is not installed")
