@@ -60,28 +60,35 @@ def forced(forced_plan: Plan) -> Iterator[None]:
         _forced.pop()
 
 
-def plan(device: torch.device, dtype: torch.dtype, head_dim: int, length: int, *, dropout: bool) -> Plan:
-    """The launches for sequences of at most `length` queries and keys on `device`."""
+def plan(
+    device: torch.device, dtype: torch.dtype, head_dim: int, length: int, *, dropout: bool, variant: bool = False
+) -> Plan:
+    """The launches for sequences of at most `length` queries and keys on `device`.
+
+    `variant`: with what the one-launch backwards do not have, so that the backward takes two.
+    """
     if _forced:
         return _forced[-1]
-    return _choose(arch_of(device), gpu_of(device), _kind(dtype), head_dim, length, dropout).plan
+    return _choose(arch_of(device), gpu_of(device), _kind(dtype), head_dim, length, dropout, variant).plan
 
 
-def plan_for(arch: str, dtype: str, head_dim: int, length: int, dropout: bool) -> Plan:
+def plan_for(arch: str, dtype: str, head_dim: int, length: int, dropout: bool, variant: bool = False) -> Plan:
     """As `plan`, by the names that the tables use, and by the shipped table alone."""
-    return _choose(arch, None, dtype, head_dim, length, dropout).plan
+    return _choose(arch, None, dtype, head_dim, length, dropout, variant).plan
 
 
-def origin(device: torch.device, dtype: torch.dtype, head_dim: int, length: int, *, dropout: bool) -> str:
+def origin(
+    device: torch.device, dtype: torch.dtype, head_dim: int, length: int, *, dropout: bool, variant: bool = False
+) -> str:
     """Where the settings that `plan` gives come from, in words."""
     if _forced:
         return "settings forced by the caller"
-    path = _choose(arch_of(device), gpu_of(device), _kind(dtype), head_dim, length, dropout).path
+    path = _choose(arch_of(device), gpu_of(device), _kind(dtype), head_dim, length, dropout, variant).path
     return "settings as shipped" if path is None else f"settings measured on this machine, from {path}"
 
 
 def widest_head(device_type: str, index: int, dtype: torch.dtype, dropout: bool) -> int:
-    """The largest head_dim that the device's tables serve in `dtype` at every length; 0 is none."""
+    """The largest head_dim that the device's tables serve in `dtype` at every length, variants too; 0 is none."""
     if _forced:
         return 256
     device = torch.device(device_type, index)
@@ -119,7 +126,9 @@ class _Choice:
 
 
 @functools.lru_cache(maxsize=1024)
-def _choose(arch: str, gpu: str | None, dtype: str, head_dim: int, length: int, dropout: bool) -> _Choice:
+def _choose(
+    arch: str, gpu: str | None, dtype: str, head_dim: int, length: int, dropout: bool, variant: bool
+) -> _Choice:
     """The nearest entries that serve; `gpu` None looks at the shipped table alone."""
     own: UserTable | None = None if gpu is None else user_table(arch, gpu)
     measured = own.entries if own else ()
@@ -144,7 +153,8 @@ def _choose(arch: str, gpu: str | None, dtype: str, head_dim: int, length: int, 
 
     forward, decode = need("forward"), find("decode")
     # One launch where its entry is as near as the pair's: by its max_length a table says where which is faster.
-    ways = [[found] for found in (find("tile"), find("blocks")) if found] + [[need("dq"), need("dkdv")]]
+    ways = [[found] for found in (find("tile"), find("blocks")) if found and not variant]
+    ways += [[need("dq"), need("dkdv")]]
     backward = min(ways, key=lambda way: max(distance for distance, _ in way))
     chosen = [forward, *backward, *([decode] if decode else [])]
     configs = tuple(entry.config for _, entry in backward)

@@ -90,6 +90,11 @@ def test_measured_tables_lie_in_the_cache_unless_the_environment_names_a_folder(
     )
 
 
+def test_a_variant_takes_two_launches() -> None:
+    assert len(plan_for("sm_80", "half", 64, 64, False).backward) == 1
+    assert [c.kernel for c in plan_for("sm_80", "half", 64, 64, False, variant=True).backward] == ["dq", "dkdv"]
+
+
 def test_what_no_table_serves_is_said() -> None:
     assert widest_head("cpu", 0, torch.bfloat16, False) >= 128
     with pytest.raises(ConfigError, match="table of sm_80 has no 'forward' entry for half, head_dim 512"):
