@@ -3,6 +3,7 @@
 import io
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -220,3 +221,21 @@ def test_a_foreign_or_damaged_state_is_refused(change: dict[str, Any]) -> None:
     batches.next_batch()
     with pytest.raises(CheckpointError, match="data cursor"):
         batches.load_state_dict({**batches.state_dict(), **change})
+
+
+def test_cuda_without_a_number_is_the_gpu_that_the_tokens_are_on() -> None:
+    # torch calls "cuda" and "cuda:0" unequal; taken for another device, tokens on the GPU were to be pinned, an error
+    from fastchargpt.batches import _is_on
+
+    for have, want, same in (
+        ("cuda:0", "cuda", True),
+        ("cuda:1", "cuda:1", True),
+        ("cuda:0", "cuda:1", False),
+        ("cpu", "cuda", False),
+        ("cpu", "cpu", True),
+    ):
+        tokens = SimpleNamespace(device=torch.device(have))
+        assert _is_on(tokens, torch.device(want)) == same  # type: ignore[arg-type]
+    meta = TokenBatches(numbered(100), batch_size=4, block_size=8, device="meta", seed=1)
+    assert meta.resident
+    assert {tensor.device.type for tensor in meta.next_batch()} == {"meta"}

@@ -32,7 +32,7 @@ STAGES = [
     ["model"],
     ["optim", "precision"],
     ["native_step"],
-    ["choices"],
+    ["captured", "choices"],
     ["step", "evaluation"],
     ["checkpoint"],
     ["faults", "trainer", "loading"],

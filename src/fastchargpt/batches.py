@@ -44,15 +44,20 @@ def place_tokens(tokens: TokenData, device: torch.device | str = "cpu") -> torch
             data = torch.from_numpy(array)
     if data.ndim != 1 or data.is_floating_point() or data.is_complex() or data.dtype == torch.bool:
         raise CorpusError(f"tokens must be a one-dimensional run of integers, not {data.ndim}-dimensional {data.dtype}")
-    if device.type == "cuda" and data.device != device:
+    if device.type == "cuda" and not _is_on(data, device):
         free, _ = torch.cuda.mem_get_info(device)
         return data.to(device) if data.numel() * data.element_size() <= free * RESIDENT_SHARE else data
     return data if device.type == "cpu" else data.to(device)
 
 
+def _is_on(tokens: torch.Tensor, device: torch.device) -> bool:
+    """Whether tokens lie on a device; "cuda" stands for the one of any number, and compares unequal to "cuda:0"."""
+    return tokens.device.type == device.type and device.index in (None, tokens.device.index)
+
+
 def _widen(tokens: torch.Tensor, device: torch.device) -> torch.Tensor:
     """Gathered tokens as contiguous int64 on `device`."""
-    if tokens.device != device:
+    if not _is_on(tokens, device):
         tokens = (tokens.pin_memory() if device.type == "cuda" else tokens).to(device, non_blocking=True)
     wide = tokens.to(torch.int64).contiguous()
     return wide.bitwise_and_(0xFFFF) if tokens.dtype == torch.int16 else wide
@@ -130,12 +135,29 @@ class TokenBatches:
 
     def next_batch(self) -> Batch:
         """The next (x, y), each (batch_size / world_size, block_size) int64, contiguous, on the device."""
-        starts = self._random_starts() if self.order == "random" else self._epoch_starts()
-        starts = starts[self._rows]
+        starts = self.next_starts()
         if self._data.device.type == "cuda":
             starts = starts.pin_memory().to(self._data.device, non_blocking=True)
         else:
             starts = starts.to(self._data.device)
+        return self.gather(starts)
+
+    def next_starts(self) -> torch.Tensor:
+        """The next batch as the positions where its windows begin, (batch_size / world_size,) int64, on the CPU.
+
+        Drawing them is all that a batch needs a generator for, and it is done on the CPU on every device: the same seed
+        gives the same batches everywhere, and a checkpoint holds one small state.
+        """
+        starts = self._random_starts() if self.order == "random" else self._epoch_starts()
+        return starts[self._rows]
+
+    @property
+    def resident(self) -> bool:
+        """Whether the tokens lie where the batches go, so that `gather` stays on the device."""
+        return _is_on(self._data, self.device)
+
+    def gather(self, starts: torch.Tensor) -> Batch:
+        """The (x, y) of windows that begin at `starts`, int64 and on the tokens' device."""
         window = self._windows.index_select(0, starts)  # [B, T + 1], narrow dtype
         return _widen(window[:, :-1], self.device), _widen(window[:, 1:], self.device)
 

@@ -10,10 +10,24 @@ import torch
 from torch import nn
 
 from fastchargpt.errors import BackendUnavailableError, ConfigError
+from fastchargpt.model import GPT
 from fastchargpt.native_step import native_step_problem
 from fastchargpt.precision import Precision
 
-__all__ = ["CompileChoice", "EngineChoice", "choose_compile", "choose_engine"]
+__all__ = [
+    "CompileChoice",
+    "EngineChoice",
+    "GraphChoice",
+    "choose_compile",
+    "choose_engine",
+    "choose_graph",
+    "graph_problem",
+]
+
+# A micro-batch of more operations than this keeps a GPU busy while the host launches the next kernels, and a graph
+# would gain nothing for the memory that it holds. An estimate, from some hundred launches of 5 us and a GPU of 500
+# TFLOP/s.
+SMALL_STEP_FLOPS = 4e12
 
 # What compiling costs and gains. On two CPU cores a cold compile takes about half a minute and saves about a twentieth
 # of a 25 ms step. On a GPU, by nanoGPT's own account (its README, "efficiency notes"), it takes about a minute and
@@ -90,6 +104,76 @@ def choose_engine(
     if engine == "native":
         raise BackendUnavailableError(f"engine=native cannot be served: {problem}; use --engine=torch")
     return EngineChoice(native=False, reason=problem)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GraphChoice:
+    """Whether the whole step is one CUDA graph, and why."""
+
+    on: bool
+    # one clause, for the log
+    reason: str
+
+
+def choose_graph(
+    mode: Literal["auto", "on", "off"],
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    precision: Precision,
+    *,
+    tokens: int,
+    deterministic: bool = False,
+) -> GraphChoice:
+    """Whether to capture the step in a CUDA graph.
+
+    Args:
+        tokens: those of a micro-batch.
+        deterministic: whether bit-equal runs were asked for, of which nobody has shown that a graph keeps them.
+
+    Raises:
+        BackendUnavailableError: it was asked for by name and cannot serve; with the reason.
+        ConfigError: the mode is none of auto, on and off.
+    """
+    if mode not in ("auto", "on", "off"):
+        raise ConfigError(f"cuda_graph must be auto, on or off, not {mode!r}")
+    if mode == "off":
+        return GraphChoice(on=False, reason="asked for")
+    problem = graph_problem(model, optimizer, precision)
+    if problem is None and deterministic:
+        problem = "deterministic=True takes its steps one operation at a time"
+    if mode == "on":
+        if problem is not None:
+            raise BackendUnavailableError(f"cuda_graph=on cannot be served: {problem}; use --cuda-graph=off")
+        return GraphChoice(on=True, reason="asked for")
+    if problem is None and type(model) is not GPT:
+        problem = f"nothing is known of a {type(model).__name__}: cuda_graph=on tries it"
+    if problem is not None:
+        return GraphChoice(on=False, reason=problem)
+    assert isinstance(model, GPT)
+    flops = model.flops_per_token() * tokens
+    size = f"{flops / 1e12:.2g} TFLOP in a micro-batch"
+    if flops > SMALL_STEP_FLOPS:
+        return GraphChoice(on=False, reason=f"{size} keep a GPU busy by themselves")
+    return GraphChoice(on=True, reason=f"with {size} its launches would take much of a step")
+
+
+def graph_problem(model: nn.Module, optimizer: torch.optim.Optimizer, precision: Precision) -> str | None:
+    """Why a step cannot be captured in a CUDA graph, or None."""
+    kinds = _device_types(model)
+    if kinds != {"cuda"}:
+        return f"CUDA graphs are for CUDA GPUs, and the model is on {', '.join(sorted(kinds))}"
+    if precision.needs_scaler:
+        return "fp16's gradient scaler decides on the host whether a step is taken"
+    if "capturable" not in optimizer.defaults:
+        name = type(optimizer).__name__
+        return f"a graph needs an optimiser that can take its rate from a tensor, as AdamW and Muon, and this is {name}"
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return "the gradients of several processes are summed between its steps"
+    return None
+
+
+def _device_types(model: nn.Module) -> set[str]:
+    return {parameter.device.type for parameter in model.parameters()}
 
 
 def _missing_compiler(device: torch.device) -> str | None:

@@ -245,6 +245,8 @@ class TrainConfig:
     precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = "auto"
     # torch.compile the step; auto compiles where the run is long enough to earn the compile time back
     compile: Literal["auto", "on", "off"] = "auto"
+    # the whole step as one CUDA graph; auto where the device is a GPU and the step short enough for launches to matter
+    cuda_graph: Literal["auto", "on", "off"] = "auto"
     # what computes a step: torch, or native C++ code for float32 on a CPU; auto takes the native where it serves
     engine: Literal["auto", "native", "torch"] = "auto"
     # attention backend; auto takes the fastest that serves and says why

@@ -120,7 +120,15 @@ class Muon(_Light):
             scale = matrix_lr / lr if lr > 0.0 else 0.0
             weights = [weight for weight, _ in matrices]
             groups.append({"params": weights, "muon": True, "lr_scale": scale, "lr": matrix_lr})
-        defaults = {"lr": lr, "momentum": momentum, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            # as torch's AdamW has it: the rates are tensors and the counts lie on the device, for a CUDA graph
+            "capturable": False,
+        }
         super().__init__(groups, defaults)
         self._rows = {id(weight): rows for weight, rows in matrices}
 
@@ -150,13 +158,15 @@ class Muon(_Light):
             if group["muon"]:
                 state["momentum_buffer"] = torch.zeros_like(weight)
             else:
-                state["step"] = torch.zeros((), dtype=torch.float32)
+                device = weight.device if group.get("capturable") else "cpu"
+                state["step"] = torch.zeros((), dtype=torch.float32, device=device)
                 state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(weight), torch.zeros_like(weight)
         return state
 
     def _adamw(self, weights: list[Tensor], group: dict[str, Any]) -> None:
         states = [self.prepare(weight, group) for weight in weights]
         gradients = [weight.grad for weight in weights if weight.grad is not None]
+        capturable = bool(group.get("capturable"))
         adamw(
             weights,
             gradients,
@@ -164,7 +174,9 @@ class Muon(_Light):
             [state["exp_avg_sq"] for state in states],
             [],
             [state["step"] for state in states],
-            foreach=True,
+            foreach=not capturable,
+            fused=capturable,
+            capturable=capturable,
             amsgrad=False,
             beta1=group["betas"][0],
             beta2=group["betas"][1],
@@ -190,7 +202,11 @@ class Muon(_Light):
         for shape, pairs in parts.items():
             updates = orthogonalise(torch.stack([block for _, block in pairs]))
             for (part, _), update in zip(pairs, updates, strict=True):
-                part.mul_(1.0 - rate * group["weight_decay"]).add_(update, alpha=-rate * shape_factor(*shape))
+                part.mul_(1.0 - rate * group["weight_decay"])
+                if isinstance(rate, Tensor):  # as `alpha` it would be read on the host
+                    part.addcmul_(update, -rate * shape_factor(*shape))
+                else:
+                    part.add_(update, alpha=-rate * shape_factor(*shape))
 
 
 def make_muon(

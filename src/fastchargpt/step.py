@@ -1,13 +1,15 @@
 """The one optimised training step that the trainer, the benchmarks and other people's loops share."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from fastchargpt.choices import choose_engine
-from fastchargpt.errors import ConfigError
+from fastchargpt.batches import TokenBatches
+from fastchargpt.captured import CapturedStep, CudaGraphs, DeviceRates, Graphs
+from fastchargpt.choices import choose_engine, graph_problem
+from fastchargpt.errors import BackendUnavailableError, ConfigError
 from fastchargpt.model import GPT
 from fastchargpt.native_step import NativeStep, native_update_problem
 from fastchargpt.optim import make_adamw
@@ -27,6 +29,8 @@ class TrainStep:
         grad_norms: the norm of each parameter's, 1-D, in the order of `norm_names`; None when nothing is clipped.
         norm_names: the parameters that had a gradient.
         native: the native code that takes the step, or None where torch does.
+        captured: the CUDA graphs that take the step, or None. What the caller changes behind it (the clipping, a
+            module's switches) is not seen by a graph that is there already: `captured.reset()` after such a change.
         updating: whether the optimiser is at work; still True after an error that may have left an update half done.
     """
 
@@ -41,6 +45,7 @@ class TrainStep:
         compile: bool,
         learning_rate: Callable[[int], float] | None,
         native: NativeStep | None = None,
+        graphs: Graphs | None = None,
     ) -> None:
         self.model = model
         self.optimizer = optimizer
@@ -56,11 +61,15 @@ class TrainStep:
         self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
         names = {id(parameter): name for name, parameter in model.named_parameters()}
         self._names = [names.get(id(p), f"parameter {number}") for number, p in enumerate(self._parameters)]
-        self._device_type = self._parameters[0].device.type
+        self._device = self._parameters[0].device
+        self._device_type = self._device.type
         self._scaler = torch.amp.GradScaler(self._device_type, enabled=precision.needs_scaler)
         self._loss = torch.compile(self._eager_loss) if compile else self._eager_loss
         self.native = native
         self._native_update = native is not None and native_update_problem(optimizer) is None
+        self.captured = None if graphs is None else CapturedStep(graphs)
+        self._rates = None if self.captured is None else DeviceRates(optimizer, self.captured.reset)
+        self._rate = 0.0  # the schedule's last value
 
     def _eager_loss(self, x: Tensor, y: Tensor) -> Tensor:
         with self.precision.autocast(self._device_type):
@@ -80,17 +89,61 @@ class TrainStep:
         Raises:
             ConfigError: B is not a multiple of gradient_accumulation_steps.
         """
+        if self.captured is None:
+            self._begin(x.shape[0])
+            return self._end(self._native_step(x, y) if self.native is not None else self._torch_step(x, y))
+        return self._captured_step(self._figures, x, y, key="batch")
+
+    def take(self, batches: TokenBatches) -> Tensor:
+        """Take one step on a supply's next batch: where the step is captured, its gather is part of the graph."""
+        if self.captured is None or not batches.resident:
+            return self(*batches.next_batch())
+
+        def body(starts: Tensor) -> Tensor:
+            return self._figures(*batches.gather(starts))
+
+        return self._captured_step(body, batches.next_starts(), key=id(batches))
+
+    def _begin(self, batch_size: int) -> None:
         parts = self.gradient_accumulation_steps
-        if x.shape[0] % parts:
-            raise ConfigError(f"a batch of {x.shape[0]} sequences cannot be split into {parts} equal micro-batches")
+        if batch_size % parts:
+            raise ConfigError(f"a batch of {batch_size} sequences cannot be split into {parts} equal micro-batches")
+        groups = self.optimizer.param_groups
         if self._schedule is not None:
-            rate = self._schedule(self.iteration)
-            for group in self.optimizer.param_groups:
-                group["lr"] = rate * group.get("lr_scale", 1.0)
-        total = self._native_step(x, y) if self.native is not None else self._torch_step(x, y)
+            self._rate = self._schedule(self.iteration)
+            rates = [self._rate * group.get("lr_scale", 1.0) for group in groups]
+            if self._rates is not None:
+                self._rates.set_all(rates)
+            else:
+                for group, rate in zip(groups, rates, strict=True):
+                    group["lr"] = rate
+        elif self._rates is not None:
+            self._rates.collect()
+
+    def _end(self, total: Tensor) -> Tensor:
         self.optimizer.zero_grad(set_to_none=True)
         self.iteration += 1
         return total
+
+    def _captured_step(self, body: Callable[..., Tensor], *inputs: Tensor, key: Hashable) -> Tensor:
+        assert self.captured is not None
+        self._begin(inputs[0].shape[0])
+        figures = self.captured(body, *inputs, device=self._device, key=(key, self.model.training))
+        self.updating = False
+        if self.grad_clip > 0.0:
+            self.grad_norm, self.grad_norms = figures[1], figures[2:]
+        return self._end(figures[0])
+
+    def _figures(self, x: Tensor, y: Tensor) -> Tensor:
+        """A whole step; its loss and, where there is clipping, the gradient's norm and each parameter's, (2 + P,)."""
+        self.optimizer.zero_grad(set_to_none=True)  # a capture that failed may have left gradients behind
+        figures = [self._torch_step(x, y).reshape(1)]
+        self.optimizer.zero_grad(set_to_none=True)  # inside the graph, so that their memory is used again
+        if self.grad_clip > 0.0:
+            assert self.grad_norm is not None
+            assert self.grad_norms is not None
+            figures += [self.grad_norm.reshape(1), self.grad_norms]
+        return torch.cat(figures)
 
     def _torch_step(self, x: Tensor, y: Tensor) -> Tensor:
         parts = self.gradient_accumulation_steps
@@ -146,6 +199,8 @@ class TrainStep:
     @property
     def learning_rate(self) -> float:
         """The learning rate of the last step."""
+        if self._schedule is not None and self._rates is not None:
+            return self._rate  # the group's own lies on the device
         group = self.optimizer.param_groups[0]
         return float(group["lr"]) / float(group.get("lr_scale", 1.0))
 
@@ -153,7 +208,7 @@ class TrainStep:
         """Everything but the weights that the next step depends on."""
         return {
             "iteration": self.iteration,
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": (self._rates or self.optimizer).state_dict(),
             "scaler": self._scaler.state_dict(),
         }
 
@@ -185,6 +240,7 @@ def make_train_step(
     compile: bool = False,
     optimizer: torch.optim.Optimizer | None = None,
     engine: Literal["auto", "native", "torch"] = "auto",
+    cuda_graph: bool = False,
 ) -> TrainStep:
     """A training step for any model whose `model(x, y)` returns `(logits, loss)`.
 
@@ -199,10 +255,12 @@ def make_train_step(
         compile: whether the forward and backward pass are compiled.
         optimizer: in place of AdamW; then weight_decay and betas are its own.
         engine: native takes the step in C++ code, for a `GPT` in float32 on a CPU; auto does where that serves.
+        cuda_graph: whether the whole step, optimiser included, is captured in a CUDA graph and replayed by one launch.
+            Then each step must do the same operations: a model that looks at its tensors' values cannot be captured.
 
     Raises:
         ConfigError: a value breaks a rule.
-        BackendUnavailableError: the precision cannot be had on this device.
+        BackendUnavailableError: the precision, the engine or the graph cannot be had here.
     """
     if gradient_accumulation_steps < 1:
         raise ConfigError(f"gradient_accumulation_steps must be at least 1, not {gradient_accumulation_steps}")
@@ -215,6 +273,8 @@ def make_train_step(
         optimizer = make_adamw(model, weight_decay=weight_decay, learning_rate=start, betas=betas)
     chosen = choose_precision(precision, device) if isinstance(precision, str) else precision
     native = choose_engine(engine, model, chosen, compile=compile).native
+    if cuda_graph and (problem := graph_problem(model, optimizer, chosen)) is not None:
+        raise BackendUnavailableError(f"cuda_graph=True cannot be served: {problem}")
     return TrainStep(
         model,
         optimizer,
@@ -224,4 +284,5 @@ def make_train_step(
         compile=compile,
         learning_rate=schedule,
         native=NativeStep(model) if native and isinstance(model, GPT) else None,
+        graphs=CudaGraphs(device) if cuda_graph else None,
     )

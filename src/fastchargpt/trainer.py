@@ -13,7 +13,7 @@ import torch
 from fastchargpt.attention import explain_attention
 from fastchargpt.batches import TokenBatches, place_tokens
 from fastchargpt.checkpoint import Checkpoint, load_last_good, save_checkpoint
-from fastchargpt.choices import choose_compile, choose_engine
+from fastchargpt.choices import choose_compile, choose_engine, choose_graph
 from fastchargpt.config import GPTConfig, TrainConfig
 from fastchargpt.corpus import Corpus
 from fastchargpt.determinism import check_deterministic, deterministic_algorithms
@@ -105,15 +105,25 @@ class Trainer:
             seed=config.seed,
         )
         self.engine = choose_engine(config.engine, self.model, self.precision, compile=self.compile.on)
+        optimizer = make_optimizer(self.model, config)
+        self.graph = choose_graph(
+            config.cuda_graph,
+            self.model,
+            optimizer,
+            self.precision,
+            tokens=config.batch_size * model_config.block_size,
+            deterministic=config.deterministic,
+        )
         self.step = make_train_step(
             self.model,
-            optimizer=make_optimizer(self.model, config),
+            optimizer=optimizer,
             learning_rate=lambda iteration: learning_rate_at(iteration, config),
             grad_clip=config.grad_clip,
             gradient_accumulation_steps=config.gradient_accumulation_steps,
             precision=self.precision,
             compile=self.compile.on,
             engine="native" if self.engine.native else "torch",
+            cuda_graph=self.graph.on,
         )
         self.val_loss = self.best_val_loss = math.inf
         self.best_iteration = 0
@@ -143,6 +153,7 @@ class Trainer:
             f"attention {attention}",
             f"compile {'on' if self.compile.on else 'off'}: {self.compile.reason}",
             f"engine {'native' if self.engine.native else 'torch'}: {self.engine.reason}",
+            f"cuda graph {'on' if self.graph.on else 'off'}: {self.graph.reason}",
             *(["deterministic: the same bits in every run with this seed"] if config.deterministic else []),
         ]
 
@@ -187,7 +198,7 @@ class Trainer:
                 self._numbers.read()
                 self._save_last()
                 return "SIGINT" if signals.received.name == "SIGINT" else "SIGTERM"
-            self._numbers.note(step(*self.batches.next_batch()))
+            self._numbers.note(step.take(self.batches))
             steps_timed += 1
             if (step.iteration - 1) % config.log_interval == 0:
                 loss = self._numbers.read()  # waits for the device, so the time below is true
