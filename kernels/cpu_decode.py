@@ -31,7 +31,7 @@ def library() -> ctypes.CDLL:
     Raises:
         BackendUnavailableError: it cannot be built or loaded here; with the reason.
     """
-    lib = load("cpu_decode", "the native decoder")
+    lib = load("cpu_decode")
     address, whole, number = ctypes.c_void_p, ctypes.c_int, ctypes.c_double
     lib.fc_new.restype = address
     lib.fc_new.argtypes = [address, number, address]

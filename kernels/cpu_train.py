@@ -25,7 +25,7 @@ def library() -> ctypes.CDLL:
     Raises:
         BackendUnavailableError: it cannot be built or loaded here; with the reason.
     """
-    lib = load("cpu_train", "the native training step")
+    lib = load("cpu_train")
     address, whole, long, number = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_double
     lib.ft_new.restype = address
     lib.ft_new.argtypes = [address, number]

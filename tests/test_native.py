@@ -16,7 +16,7 @@ from fastchargpt.decode import TorchEngine
 from fastchargpt.engines import EngineConfig, make_engine
 from fastchargpt.errors import BackendUnavailableError, SamplingError
 from fastchargpt.generation import generate_tokens
-from fastchargpt.kernels import cpu_build, cpu_decode
+from fastchargpt.kernels import cpu_build, cpu_compiler, cpu_decode
 from fastchargpt.native import NativeEngine, native_problem
 from fastchargpt.sampling import Sampler, SamplingConfig
 
@@ -267,7 +267,9 @@ def test_without_a_compiler_decoding_goes_on_in_torch_and_says_why_once(unbuilt,
 def test_it_is_built_once_and_found_again(unbuilt, monkeypatch):
     made = []
     run = subprocess.run
-    monkeypatch.setattr(cpu_build.subprocess, "run", lambda *args, **kwargs: made.append(args) or run(*args, **kwargs))
+    monkeypatch.setattr(
+        cpu_compiler.subprocess, "run", lambda *args, **kwargs: made.append(args) or run(*args, **kwargs)
+    )
     cpu_decode.library()
     built = [args for (args, *_) in made if "-o" in args]
     assert len(built) == 1

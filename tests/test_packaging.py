@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from fastchargpt.kernels import cpu_compiler
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -34,9 +36,11 @@ def test_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     tracked = {
         path.relative_to(ROOT / "kernels").as_posix()
         for path in (ROOT / "kernels").rglob("*")
-        if path.suffix in (".py", ".json", ".cpp")
+        if path.suffix in (".py", ".json", ".cpp", ".h")
     }
     assert {f"fastchargpt/kernels/{name}" for name in tracked} <= set(names)
+    for source in cpu_compiler.NATIVE:  # compiled for the machine that built the wheel
+        assert f"fastchargpt/kernels/{cpu_compiler.library_name(ROOT / 'kernels' / f'{source}.cpp')}" in names
 
 
 def test_wheel_in_a_fresh_environment(wheel: Path, tmp_path: Path) -> None:
@@ -64,6 +68,8 @@ assert fastchargpt.kernels.__file__.startswith({packages!r}), fastchargpt.kernel
 import torch
 model = fastchargpt.GPT(fastchargpt.GPTConfig(n_layer=1, n_head=2, n_embd=8, block_size=4, vocab_size=5))
 print(model.generate(torch.zeros(1, 1, dtype=torch.long), 3).shape)
+from fastchargpt.kernels import cpu_decode, cpu_train
+cpu_decode.library(), cpu_train.library()
 """
     done = subprocess.run([python, "-c", program], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
