@@ -4,7 +4,7 @@
 // no second pass. The backward pass recomputes the probabilities from the kept log-sum-exp.
 #pragma once
 
-#include "cpu_gemm.h"
+#include "cpu_dropout.h"
 
 #include <limits>
 
@@ -15,18 +15,21 @@ struct Head {
     Panels q, k, v;
     int T, D;
     float scale;
+    Dropout dropout;  // of the weights
+    int b, h;         // whose they are
 };
 
 constexpr int QUERIES = MR * (96 / MR);  // query rows of the backward pass at a time
 
 // Scratch of a thread, for sequences of up to T tokens.
 struct AttentionScratch {
-    std::vector<float> keys, values, scores, weights, grads;
+    std::vector<float> keys, values, scores, weights, grads, factors;
     void reserve(int T, int D) {
         size_t wide = size_t(panels(T)) * WIDE;
         keys.resize(wide * D);
         values.resize(wide * D);
         scores.resize(wide * MR);
+        factors.resize(wide * (MR + DROP_ROWS));
         weights.resize(wide * QUERIES);
         grads.resize(wide * QUERIES);
     }
@@ -56,6 +59,11 @@ inline void hide(float* row, ptrdiff_t span, int i, int seen, float value) {
         for (int l = std::max(0, i + 1 - p * WIDE); l < WIDE; l++) row[p * span + l] = value;
 }
 
+// Dropout's factors for `rows` queries from i on and the keys of the first `seen` panels, as scores lie.
+inline void draw_factors(const Head& h, int i, int rows, int seen, float* factors) {
+    for (int p = 0; p < seen; p++) h.dropout.factors(h.h, h.b * h.T + i, rows, p, factors + p * MR * WIDE);
+}
+
 // y = softmax(scale q k^T) v and lse, one value a query.
 inline void attend(const Head& h, const Panels& y, float* lse, AttentionScratch& scratch) {
     const int T = h.T, D = h.D;
@@ -69,6 +77,8 @@ inline void attend(const Head& h, const Panels& y, float* lse, AttentionScratch&
                 for (int r = 0; r < R.value; r++) for (int c = 0; c < P.value * VECS; c++)
                     vstore(scores + (p + c / VECS) * span + r * WIDE + (c % VECS) * LANES_WIDE, sums[r][c] * h.scale);
             });
+        float* const factors = scratch.factors.data();
+        if (h.dropout) draw_factors(h, i0, R.value, seen, factors);
         float inverse[MR];
         for (int r = 0; r < R.value; r++) {
             float* row = scores + r * WIDE;
@@ -81,7 +91,7 @@ inline void attend(const Head& h, const Panels& y, float* lse, AttentionScratch&
             for (int p = 0; p < seen; p++) for (int v = 0; v < WIDE; v += LANES_WIDE) {
                 float* s = row + p * span + v;
                 vec e = vexp(vload(s) - top);
-                vstore(s, e);
+                vstore(s, h.dropout ? e * vload(factors + (s - scores)) : e);  // the sum is of all, dropped or not
                 sums += e;
             }
             hide(row, span, i0 + r, seen, 0.0f);  // vexp gives e**-87 at least: nothing in the sum, but not 0
@@ -117,6 +127,8 @@ inline void attend_backward(const Head& h, const Panels& y, const float* lse, co
             }
             float* const own = weights + (i0 - block) * WIDE;
             float* const own_grads = grads + (i0 - block) * WIDE;
+            float* const factors = scratch.factors.data();
+            if (h.dropout) draw_factors(h, i0, R.value, seen, factors);
             band<R.value>(0, seen, D, h.q.at(i0, 0), h.q.stride, scratch.keys.data(), ptrdiff_t(D) * WIDE,
                 [&](auto P, int p, auto& sums) {
                     for (int r = 0; r < R.value; r++) for (int c = 0; c < P.value * VECS; c++)
@@ -129,9 +141,14 @@ inline void attend_backward(const Head& h, const Panels& y, const float* lse, co
                 [&](auto P, int p, auto& sums) {
                     for (int r = 0; r < R.value; r++) for (int c = 0; c < P.value * VECS; c++) {
                         ptrdiff_t at = (p + c / VECS) * span + r * WIDE + (c % VECS) * LANES_WIDE;
+                        if (h.dropout)
+                            sums[r][c] *= vload(factors + (p + c / VECS) * MR * WIDE + r * WIDE + (c % VECS) * LANES_WIDE);
                         vstore(own_grads + at, vload(own + at) * (sums[r][c] - delta[r]) * h.scale);
                     }
                 });
+            if (h.dropout)
+                for (int p = 0; p < seen; p++) for (int v = 0; v < R.value * WIDE; v += LANES_WIDE)
+                    vstore(own + p * span + v, vload(own + p * span + v) * vload(factors + p * MR * WIDE + v));
             band<R.value>(0, parts, i0 + R.value, own_grads, span, h.k.p, h.k.stride, [&](auto P, int p, auto& sums) {
                 put<R.value, P.value>(dq, i0, p, sums);
             });

@@ -33,7 +33,7 @@ struct Kept {
 struct Packed { int N, C; float *outputs, *inputs; };
 
 // Gradients that tokens write and weights read; two sets, so that a thread may start on the next layer.
-struct Flow { Panels dx2, dqkv, dfc; };
+struct Flow { Panels dx2, dqkv, dfc, dproj, dout; };  // the last two where dropout stands behind a projection
 
 struct Batch {
     int B, T;
@@ -42,9 +42,13 @@ struct Batch {
     float* const* grads;      // as weights; null for the loss alone
     const float* rope;        // (2, T', D / 2), T' at least T
     int64_t rope_length;
+    const int64_t* seeds;     // dropout's, of each Site; null where nothing is dropped
     double scale;             // of the gradients
     bool add;                 // to the gradients that are there
 };
+
+// Where dropout stands: behind the embeddings; in layer l at l * 3 and one of the others.
+enum Site { EMBEDDED, WEIGHTS, PROJECTED, FED };
 
 inline void sum_into(float* to, const float* x) {
     for (int v = 0; v < WIDE; v += LANES_WIDE) vstore(to + v, vload(to + v) + vload(x + v));
@@ -86,7 +90,7 @@ void activate_with_slope(float* x, float* slope, int n, int kind) {
 
 struct Trainer {
     // the order of cpu_train.py's ints
-    int L, C, H, G, D, V, rms, activation, qk_norm, rope, threads;
+    int L, C, H, G, D, V, rms, activation, qk_norm, rope, threads, positions, drop_threshold, drop_embedded;
     float softcap;
     int P, F, tensors;
     std::unique_ptr<Team> team;
@@ -107,7 +111,7 @@ struct Trainer {
     int64_t counted = 0;
 
     Trainer(const int64_t* n, double cap) : L(n[0]), C(n[1]), H(n[2]), G(n[3]), D(n[4]), V(n[5]), rms(n[6]), activation(n[7]),
-        qk_norm(n[8]), rope(n[9]), threads(n[10]), softcap(float(cap)), P((H + 2 * G) * D), F(4 * C),
+        qk_norm(n[8]), rope(n[9]), threads(n[10]), positions(n[11]), drop_threshold(n[12]), drop_embedded(n[13]), softcap(float(cap)), P((H + 2 * G) * D), F(4 * C),
         tensors(LAYERS + L * PER_LAYER + LAST), team(new Team(threads)), scratch(threads), next(L + 3) {
         size_t bytes = 0;
         auto plan = [&](int N, int K) { packed.push_back({N, K, nullptr, nullptr}); bytes += room(N, K); };
@@ -161,7 +165,12 @@ struct Trainer {
             last_rstd = floats(M);
             if (train) {
                 for (auto& each : dx) each = matrix(C);
-                for (auto& f : flow) { f.dx2 = matrix(C); f.dqkv = matrix(P); f.dfc = matrix(F); }
+                for (auto& f : flow) {
+                    f.dx2 = matrix(C);
+                    f.dqkv = matrix(P);
+                    f.dfc = matrix(F);
+                    if (drop_threshold > 0) { f.dproj = matrix(C); f.dout = matrix(C); }
+                }
                 dh = matrix(C);
                 dy = matrix(C);
             }
@@ -208,6 +217,7 @@ struct Trainer {
         head_weights();
         for (int l = L - 1; l >= 0; l--) {
             layer_backward(l, b0, b1, scratch[me]);
+            if (l == 0 && drop_embedded) drop(dx[0], dx[0], site(0, EMBEDDED), b0 * batch.T, b1 * batch.T);
             team->barrier(of);
             layer_weights(l);
         }
@@ -246,12 +256,18 @@ struct Trainer {
     void linear_backward(const Packed& w, const Panels& dy_, int m0, int m1, Then&& then) {
         times(m0, m1, 0, panels(w.C), w.N, dy_, w.inputs, ptrdiff_t(w.N) * WIDE, then);
     }
-    // y = sums, or other + sums
+    // y = sums, or other + sums with dropout
     static auto store_to(const Panels& y) {
         return [y](auto R, auto P, int m, int p, auto& sums) { put<R.value, P.value>(y, m, p, sums); };
     }
-    static auto store_sum(const Panels& y, const Panels& other) {
-        return [y, other](auto R, auto P, int m, int p, auto& sums) {
+    static auto store_sum(const Panels& y, const Panels& other, const Dropout& dropout) {
+        return [y, other, dropout](auto R, auto P, int m, int p, auto& sums) {
+            if (dropout) for (int q = 0; q < P.value; q++) {
+                float factors[(MR + DROP_ROWS) * WIDE];
+                dropout.factors(0, m, R.value, p + q, factors);
+                for (int r = 0; r < R.value; r++) for (int c = 0; c < VECS; c++)
+                    sums[r][q * VECS + c] *= vload(factors + r * WIDE + c * LANES_WIDE);
+            }
             for (int r = 0; r < R.value; r++) for (int c = 0; c < P.value * VECS; c++)
                 sums[r][c] += vload(other.at(m + r, p + c / VECS) + (c % VECS) * LANES_WIDE);
             put<R.value, P.value>(y, m, p, sums);
@@ -265,6 +281,23 @@ struct Trainer {
             float* to = x.at(m, p);
             std::memcpy(to, wte + size_t(batch.x[m]) * C + p * WIDE, WIDE * sizeof(float));
             if (wpe) sum_into(to, wpe + size_t(m % batch.T) * C + p * WIDE);
+        }
+        if (drop_embedded) drop(x, x, site(0, EMBEDDED), b0 * batch.T, b1 * batch.T);
+    }
+
+    Dropout site(int l, Site which) const {
+        if (batch.seeds == nullptr) return {};
+        return {uint64_t(batch.seeds[3 * l + which]), drop_threshold, batch.T};
+    }
+
+    // Rows m0 .. m1 of `to` = those of x with dropout.
+    void drop(const Panels& x, const Panels& to, const Dropout& dropout, int m0, int m1) const {
+        if (!dropout) return;
+        float factors[DROP_ROWS * WIDE];
+        for (int p = 0; p < C / WIDE; p++) for (int m = m0; m < m1; m += DROP_ROWS) {
+            const int count = std::min(DROP_ROWS, m1 - m);
+            dropout.factors(0, m, count, p, factors);
+            for (int v = 0; v < count * WIDE; v += LANES_WIDE) vstore(to.at(m, p) + v, vload(x.at(m, p) + v) * vload(factors + v));
         }
     }
 
@@ -392,10 +425,10 @@ struct Trainer {
         }
     }
 
-    Head view(const Panels& qkv, int b, int h) const {
+    Head view(const Panels& qkv, int l, int b, int h) const {
         const int g = h / (H / G), first = b * batch.T;
         auto part = [&](int head) { return Panels{qkv.at(first, head * D / WIDE), qkv.stride}; };
-        return {part(h), part(H + g), part(H + G + g), batch.T, D, 1.0f / std::sqrt(float(D))};
+        return {part(h), part(H + g), part(H + G + g), batch.T, D, 1.0f / std::sqrt(float(D)), site(l, WEIGHTS), b, h};
     }
     Panels view_of(const Panels& y, int b, int head) const { return {y.at(b * batch.T, head * D / WIDE), y.stride}; }
 
@@ -410,18 +443,18 @@ struct Trainer {
             shape_heads(k.qkv, nullptr, k.qk_rstd, m, end);
         }
         for (int b = b0; b < b1; b++) for (int h = 0; h < H; h++)
-            attend(view(k.qkv, b, h), view_of(k.y, b, h), k.lse + (size_t(b) * H + h) * T, room);
+            attend(view(k.qkv, l, b, h), view_of(k.y, b, h), k.lse + (size_t(b) * H + h) * T, room);
         Panels next_x = stream(l + 1);
         for (int m = m0; m < m1; m += some) {
             const int end = std::min(m1, m + some);
-            linear(w[1], weight(at(l, PROJ_BIAS)), k.y, m, end, store_sum(k.x2, k.x));
+            linear(w[1], weight(at(l, PROJ_BIAS)), k.y, m, end, store_sum(k.x2, k.x, site(l, PROJECTED)));
             norm(k.x2, k.h2, at(l, LN_2), k.mean_2, k.rstd_2, m, end);
             linear(w[2], weight(at(l, FC_BIAS)), k.h2, m, end, [&](auto R, auto P, int row, int p, auto& sums) {
                 put<R.value, P.value>(k.act, row, p, sums);
                 for (int c = 0; c < P.value; c++)
                     activate_with_slope(k.act.at(row, p + c), k.slope.at(row, p + c), R.value * WIDE, activation);
             });
-            linear(w[3], weight(at(l, OUT_BIAS)), k.act, m, end, store_sum(next_x, k.x2));
+            linear(w[3], weight(at(l, OUT_BIAS)), k.act, m, end, store_sum(next_x, k.x2, site(l, FED)));
         }
     }
 
@@ -478,6 +511,10 @@ struct Trainer {
         norm_backward(dh, last_x, nullptr, dx[L % 3], at(LN_F), 2 * L, last_mean, last_rstd, m0, m1);
     }
 
+    // The gradients of what the MLP and the attention's projection put out.
+    const Panels& fed(const Panels& given, const Flow& f) const { return batch.seeds ? f.dout : given; }
+    const Panels& projected(const Flow& f) const { return batch.seeds ? f.dproj : f.dx2; }
+
     void layer_backward(int l, int b0, int b1, AttentionScratch& room) {
         Kept& k = keep(l);
         Flow& f = flow[l % 2];
@@ -486,18 +523,20 @@ struct Trainer {
         const Packed* w = &packed[4 * l];
         for (int m = m0; m < m1; m += some) {
             const int end = std::min(m1, m + some);
-            linear_backward(w[3], given, m, end, [&](auto R, auto P, int row, int p, auto& sums) {
+            drop(given, f.dout, site(l, FED), m, end);
+            linear_backward(w[3], fed(given, f), m, end, [&](auto R, auto P, int row, int p, auto& sums) {
                 for (int r = 0; r < R.value; r++) for (int c = 0; c < P.value * VECS; c++)
                     sums[r][c] *= vload(k.slope.at(row + r, p + c / VECS) + (c % VECS) * LANES_WIDE);
                 put<R.value, P.value>(f.dfc, row, p, sums);
             });
             linear_backward(w[2], f.dfc, m, end, store_to(dh));
             norm_backward(dh, k.x2, &given, f.dx2, at(l, LN_2), 2 * l + 1, k.mean_2, k.rstd_2, m, end);
-            linear_backward(w[1], f.dx2, m, end, store_to(dy));
+            drop(f.dx2, f.dproj, site(l, PROJECTED), m, end);
+            linear_backward(w[1], projected(f), m, end, store_to(dy));
         }
         for (int b = b0; b < b1; b++) for (int h = 0; h < H; h++) {
             const int g = h / (H / G);
-            attend_backward(view(k.qkv, b, h), view_of(k.y, b, h), k.lse + (size_t(b) * H + h) * T, view_of(dy, b, h),
+            attend_backward(view(k.qkv, l, b, h), view_of(k.y, b, h), k.lse + (size_t(b) * H + h) * T, view_of(dy, b, h),
                             view_of(f.dqkv, b, h), view_of(f.dqkv, b, H + g), view_of(f.dqkv, b, H + G + g),
                             h % (H / G) != 0, room);
         }
@@ -536,8 +575,8 @@ struct Trainer {
         Kept& k = keep(l);
         Flow& f = flow[l % 2];
         const Packed* w = &packed[4 * l];
-        weight_gradients({{dx[(l + 1) % 3], k.act, w[3], at(l, OUT)}, {f.dfc, k.h2, w[2], at(l, FC)}, {f.dqkv, k.h1, w[0], at(l, QKV)},
-                          {f.dx2, k.y, w[1], at(l, PROJ)}}, next[l]);
+        weight_gradients({{fed(dx[(l + 1) % 3], f), k.act, w[3], at(l, OUT)}, {f.dfc, k.h2, w[2], at(l, FC)},
+                          {f.dqkv, k.h1, w[0], at(l, QKV)}, {projected(f), k.y, w[1], at(l, PROJ)}}, next[l]);
     }
 
     // Gradients of the tables, and of the norms; each thread has panels of channels of its own.
@@ -565,8 +604,6 @@ struct Trainer {
             }
         }
     }
-    int positions = 0;  // rows of the position table
-
     // Norms of the gradients, then clipping and the update of every tensor.
     void update(const std::vector<Update>& all, const Rules& given, double* norms) {
         updates = &all;
@@ -629,9 +666,7 @@ extern "C" {
 // See Trainer for the order of `shape`; null if there is no memory.
 void* ft_new(const int64_t* shape, double softcap) {
     try {
-        auto* trainer = new Trainer(shape, softcap);
-        trainer->positions = int(shape[11]);
-        return trainer;
+        return new Trainer(shape, softcap);
     } catch (...) { return nullptr; }
 }
 
@@ -645,12 +680,12 @@ int64_t ft_bytes(void* handle) {
 
 // The mean loss of a batch, and its gradients. 0, or 1 where there is no memory, or 2 where a token is out of range.
 int ft_run(void* handle, int B, int T, const int64_t* x, const int64_t* y, const float* const* weights, float* const* grads,
-           const float* rope, int64_t rope_length, double scale, int add, double* loss) {
+           const float* rope, int64_t rope_length, const int64_t* seeds, double scale, int add, double* loss) {
     auto* trainer = static_cast<Trainer*>(handle);
     for (int m = 0; m < B * T; m++)
         if (x[m] < 0 || x[m] >= trainer->V || y[m] < -1 || y[m] >= trainer->V) return 2;
     try {
-        *loss = trainer->run({B, T, x, y, weights, grads, rope, rope_length, scale, add != 0});
+        *loss = trainer->run({B, T, x, y, weights, grads, rope, rope_length, seeds, scale, add != 0});
         return 0;
     } catch (...) { return 1; }
 }

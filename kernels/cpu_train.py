@@ -36,7 +36,7 @@ def library() -> ctypes.CDLL:
     lib.ft_update.restype = whole
     lib.ft_update.argtypes = [address, whole, address, address, address]
     lib.ft_run.restype = whole
-    lib.ft_run.argtypes = [address, whole, whole, *[address] * 5, long, number, whole, address]
+    lib.ft_run.argtypes = [address, whole, whole, *[address] * 5, long, address, number, whole, address]
     return lib
 
 
@@ -63,7 +63,8 @@ class NativeTrainer:
 
     Args:
         ints: n_layer, n_embd, n_head, kv heads, head_dim, vocab_size, whether RMSNorm, the activation's number, whether
-            QK-norm, whether RoPE, threads, rows of the position table (0 without one).
+            QK-norm, whether RoPE, threads, rows of the position table (0 without one), dropout's threshold
+            (`philox.dropout_threshold`), whether the embeddings are dropped out.
         softcap: bound of the logits; 0 for none.
 
     Raises:
@@ -95,6 +96,7 @@ class NativeTrainer:
         grads: Sequence[Tensor | None] | None,
         rope: Tensor | None,
         *,
+        seeds: Tensor | None = None,
         scale: float = 1.0,
         add: bool = False,
     ) -> float:
@@ -107,6 +109,8 @@ class NativeTrainer:
                 each layer's ln_1, c_attn, c_proj, ln_2, c_fc, c_proj, of ln_f and of lm_head.
             grads: contiguous float32 tensors shaped as the weights; None computes the loss alone.
             rope: tables of RoPE, (2, T or more, D / 2) float32 contiguous; None without it.
+            seeds: dropout's, (3 n_layer + 1,) int64: of the embeddings, then of each layer's attention weights,
+                attention output and MLP output, each as in `philox.keep_mask`; None drops nothing.
             scale: of the gradients.
             add: add to the gradients that are there, instead of writing them.
 
@@ -126,6 +130,7 @@ class NativeTrainer:
                 None if grads is None else _addresses(grads),
                 None if rope is None else rope.data_ptr(),
                 0 if rope is None else rope.shape[1],
+                None if seeds is None else seeds.data_ptr(),
                 scale,
                 add,
                 ctypes.byref(loss),

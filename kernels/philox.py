@@ -8,7 +8,7 @@ rounds that pass its BigCrush runs.
 
 import torch
 
-__all__ = ["ROUNDS", "draw_seed", "dropout_threshold", "keep_mask", "keep_probability", "philox_4x32"]
+__all__ = ["ROUNDS", "draw_seed", "draw_seeds", "dropout_threshold", "keep_mask", "keep_probability", "philox_4x32"]
 
 ROUNDS = 7
 MULTIPLIER_A, MULTIPLIER_B = 0xD2511F53, 0xCD9E8D57
@@ -23,6 +23,11 @@ def draw_seed(device: torch.device) -> torch.Tensor:
     by activation checkpointing, which restores the generator's state.
     """
     return torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=device)
+
+
+def draw_seeds(count: int) -> torch.Tensor:
+    """As many seeds at once, (count,) int64, from torch's generator for CPUs."""
+    return torch.randint(-(2**63), 2**63 - 1, (count,), dtype=torch.int64)
 
 
 def dropout_threshold(dropout_p: float) -> int:

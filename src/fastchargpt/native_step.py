@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from fastchargpt.errors import BackendUnavailableError, ConfigError
 from fastchargpt.kernels.cpu_decode import ACTIVATIONS
 from fastchargpt.kernels.cpu_train import WIDTH, NativeTrainer, Rules, Update, library
+from fastchargpt.kernels.philox import draw_seeds, dropout_threshold
 from fastchargpt.layers import Block
 from fastchargpt.model import GPT
 from fastchargpt.optim import AdamW, Muon, shape_factor
@@ -27,8 +28,6 @@ def native_step_problem(model: nn.Module) -> str | None:
     dtypes = {weight.dtype for weight in weights}
     if dtypes != {torch.float32}:
         return f"the native step is for float32, and the model has {', '.join(sorted(str(d)[6:] for d in dtypes))}"
-    if config.dropout > 0.0:
-        return f"the native step has no dropout, and the model's is {config.dropout}"
     if config.n_embd % WIDTH or config.head_dim % WIDTH:
         return (
             f"the native step needs widths that are multiples of {WIDTH}, and n_embd is {config.n_embd}, "
@@ -90,6 +89,8 @@ class NativeStep:
             config.position == "rope",
             torch.get_num_threads(),
             0 if parts.wpe is None else config.block_size,
+            dropout_threshold(config.dropout),
+            config.embd_dropout,
         ]
         self._native = NativeTrainer([int(value) for value in ints], config.logit_softcap or 0.0)
         self._weights: list[Tensor | None] = [parts.wte.weight, None if parts.wpe is None else parts.wpe.weight]
@@ -115,12 +116,17 @@ class NativeStep:
     def __call__(self, x: Tensor, y: Tensor, *, scale: float = 1.0, add: bool = False) -> Tensor:
         """The mean loss, a 0-d tensor, and `.grad` of every weight: scale times the gradient, added up if `add`.
 
+        In training mode a model's dropout draws its masks from seeds of torch's generator, which advances once a call.
+
         Args:
             x: token ids, (B, T) int64, T at most block_size.
             y: the tokens that follow, (B, T) int64; -1 marks a position that does not count.
         """
         self._check(x)
-        loss = self._native.run(x, y, self._weights, self._grads, self.model.rope, scale=scale, add=add)
+        seeds = None
+        if self.model.training and self.model.config.dropout > 0.0:
+            seeds = draw_seeds(3 * self.model.config.n_layer + 1)
+        loss = self._native.run(x, y, self._weights, self._grads, self.model.rope, seeds=seeds, scale=scale, add=add)
         for weight, grad in zip(self._weights, self._grads, strict=True):
             if weight is not None:
                 weight.grad = grad
