@@ -1,5 +1,6 @@
 """The shared step against a loop written with torch's own parts."""
 
+import dataclasses
 from types import SimpleNamespace
 
 import pytest
@@ -9,6 +10,7 @@ from fastchargpt.choices import choose_compile
 from fastchargpt.config import GPTConfig
 from fastchargpt.errors import BackendUnavailableError, ConfigError
 from fastchargpt.model import GPT
+from fastchargpt.native_step import native_step_problem
 from fastchargpt.precision import choose_device, choose_precision
 from fastchargpt.step import make_train_step
 
@@ -125,18 +127,47 @@ def test_refusals() -> None:
         choose_device("gpu")
 
 
-def test_auto_precision_follows_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_precision_follows_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu = torch.device("cuda")
-    for capability, name in (((9, 0), "bf16"), ((8, 6), "bf16"), ((7, 5), "fp16"), ((7, 0), "fp16")):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    for capability, name in (((12, 0), "bf16"), ((9, 0), "bf16"), ((8, 0), "bf16"), ((7, 5), "fp16"), ((7, 0), "fp16")):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, c=capability: c)
-        choice = choose_precision("auto", gpu)
+        choice = choose_precision("auto", gpu, torch_width=16)
         assert choice.name == name
         assert choice.needs_scaler == (name == "fp16")
         assert choice.reason
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
-    assert choose_precision("auto", torch.device("cpu")).name == "bf16"
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-    assert choose_precision("auto", torch.device("cpu")).name == "fp32"
+        with choice.matmuls():  # fp32 products, such as those outside autocast
+            assert torch.get_float32_matmul_precision() == "high"
+        with choose_precision("fp32", gpu).matmuls():  # asked for by name, they are not rounded
+            assert torch.get_float32_matmul_precision() == "highest"
+        for asked in ("bf16", "tf32"):
+            if capability[0] >= 8:
+                assert choose_precision(asked, gpu).name == asked
+            else:
+                with pytest.raises(BackendUnavailableError, match=f"{asked} needs compute capability 8.0.*=fp16"):
+                    choose_precision(asked, gpu)
+
+
+@pytest.mark.parametrize("amx", [False, True])
+@pytest.mark.parametrize("avx512", [False, True])
+def test_auto_precision_follows_the_cpu_the_width_and_the_engine(
+    amx: bool, avx512: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cpu = torch.device("cpu")
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
+    wide = "bf16" if amx or avx512 else "fp32"
+    for width, name in ((None, "fp32"), (64, "fp32"), (128, wide), (384, wide)):
+        choice = choose_precision("auto", cpu, torch_width=width)
+        assert choice.name == name
+        assert choice.reason
+    for dropout, engine, name in ((0.0, "auto", "fp32"), (0.0, "torch", wide), (0.1, "auto", wide)):
+        model = GPT(dataclasses.replace(CONFIG, n_embd=128, n_layer=1, dropout=dropout))
+        if engine == "auto" and dropout == 0.0 and native_step_problem(model) is not None:
+            continue  # no compiler, so torch takes this one too
+        step = make_train_step(model, engine=engine)  # type: ignore[arg-type]
+        assert step.precision.name == name
+        assert (step.native is not None) == (name == "fp32" and engine == "auto" and dropout == 0.0)
 
 
 def test_auto_compile_says_why(monkeypatch: pytest.MonkeyPatch) -> None:

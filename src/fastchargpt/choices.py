@@ -12,7 +12,7 @@ from torch import nn
 from fastchargpt.errors import BackendUnavailableError, ConfigError
 from fastchargpt.model import GPT
 from fastchargpt.native_step import native_step_problem
-from fastchargpt.precision import Precision
+from fastchargpt.precision import Precision, choose_precision
 
 __all__ = [
     "CompileChoice",
@@ -21,6 +21,7 @@ __all__ = [
     "choose_compile",
     "choose_engine",
     "choose_graph",
+    "choose_training_precision",
     "graph_problem",
 ]
 
@@ -106,6 +107,19 @@ def choose_engine(
     return EngineChoice(native=False, reason=problem)
 
 
+def choose_training_precision(name: str, model: nn.Module, engine: str, *, compile: bool) -> Precision:
+    """The precision of a step of this model; on a CPU `auto` depends on who takes it.
+
+    Raises:
+        BackendUnavailableError: the device cannot do what was asked for by name.
+    """
+    device = next(model.parameters()).device
+    if not isinstance(model, GPT):
+        return choose_precision(name, device)
+    by_torch = compile or engine == "torch" or native_step_problem(model) is not None
+    return choose_precision(name, device, torch_width=model.config.n_embd if by_torch else None)
+
+
 @dataclass(frozen=True, kw_only=True)
 class GraphChoice:
     """Whether the whole step is one CUDA graph, and why."""
@@ -167,7 +181,11 @@ def graph_problem(model: nn.Module, optimizer: torch.optim.Optimizer, precision:
     if "capturable" not in optimizer.defaults:
         name = type(optimizer).__name__
         return f"a graph needs an optimiser that can take its rate from a tensor, as AdamW and Muon, and this is {name}"
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
+    if (
+        torch.distributed.is_available()
+        and torch.distributed.is_initialized()
+        and torch.distributed.get_world_size() > 1
+    ):
         return "the gradients of several processes are summed between its steps"
     return None
 

@@ -8,12 +8,12 @@ from torch import Tensor, nn
 
 from fastchargpt.batches import TokenBatches
 from fastchargpt.captured import CapturedStep, CudaGraphs, DeviceRates, Graphs
-from fastchargpt.choices import choose_engine, graph_problem
+from fastchargpt.choices import choose_engine, choose_training_precision, graph_problem
 from fastchargpt.errors import BackendUnavailableError, ConfigError
 from fastchargpt.model import GPT
 from fastchargpt.native_step import NativeStep, native_update_problem
 from fastchargpt.optim import make_adamw
-from fastchargpt.precision import Precision, choose_precision
+from fastchargpt.precision import Precision
 
 __all__ = ["TrainStep", "make_train_step"]
 
@@ -271,7 +271,11 @@ def make_train_step(
     if optimizer is None:
         start = learning_rate(0) if callable(learning_rate) else learning_rate
         optimizer = make_adamw(model, weight_decay=weight_decay, learning_rate=start, betas=betas)
-    chosen = choose_precision(precision, device) if isinstance(precision, str) else precision
+    chosen = (
+        choose_training_precision(precision, model, engine, compile=compile)
+        if isinstance(precision, str)
+        else precision
+    )
     native = choose_engine(engine, model, chosen, compile=compile).native
     if cuda_graph and (problem := graph_problem(model, optimizer, chosen)) is not None:
         raise BackendUnavailableError(f"cuda_graph=True cannot be served: {problem}")

@@ -13,7 +13,7 @@ import torch
 from fastchargpt.attention import explain_attention
 from fastchargpt.batches import TokenBatches, place_tokens
 from fastchargpt.checkpoint import Checkpoint, load_last_good, save_checkpoint
-from fastchargpt.choices import choose_compile, choose_engine, choose_graph
+from fastchargpt.choices import choose_compile, choose_engine, choose_graph, choose_training_precision
 from fastchargpt.config import GPTConfig, TrainConfig
 from fastchargpt.corpus import Corpus
 from fastchargpt.determinism import check_deterministic, deterministic_algorithms
@@ -23,7 +23,7 @@ from fastchargpt.faults import NumberWatch, first_not_finite, is_out_of_memory
 from fastchargpt.metrics import MetricsLogger
 from fastchargpt.model import GPT
 from fastchargpt.optim import learning_rate_at, make_optimizer
-from fastchargpt.precision import choose_device, choose_precision
+from fastchargpt.precision import choose_device
 from fastchargpt.signals import StopSignals
 from fastchargpt.step import make_train_step
 
@@ -81,7 +81,6 @@ class Trainer:
         self.config, self.corpus, self.out_dir, self.info = config, corpus, out_dir, dict(info or {})
         self._loggers, self._log, self._progress = loggers, log, progress
         self.device = choose_device(config.device)
-        self.precision = choose_precision(config.precision, self.device)
         if config.deterministic:
             check_deterministic(self.device, config.compile)
         self.compile = choose_compile(
@@ -92,6 +91,9 @@ class Trainer:
         torch.manual_seed(config.seed)
         self.model = GPT(model_config).to(self.device)
         self.model.set_attention(config.attention)
+        self.precision = choose_training_precision(
+            config.precision, self.model, config.engine, compile=config.compile == "on"
+        )
         self._train_tokens, self._val_tokens = (
             place_tokens(corpus.train, self.device),
             place_tokens(corpus.val, self.device),
