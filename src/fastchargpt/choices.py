@@ -99,7 +99,7 @@ def choose_engine(
     elif precision.name not in ("fp32", "tf32"):
         problem = f"the native step is for float32, and the precision is {precision.name}"
     else:
-        problem = native_step_problem(model)
+        problem = _native_problem(model)
     if problem is None:
         return EngineChoice(native=True, reason="one call for loss and gradients, one for the update")
     if engine == "native":
@@ -116,7 +116,7 @@ def choose_training_precision(name: str, model: nn.Module, engine: str, *, compi
     device = next(model.parameters()).device
     if not isinstance(model, GPT):
         return choose_precision(name, device)
-    by_torch = compile or engine == "torch" or native_step_problem(model) is not None
+    by_torch = compile or engine == "torch" or _native_problem(model) is not None
     return choose_precision(name, device, torch_width=model.config.n_embd if by_torch else None)
 
 
@@ -178,6 +178,8 @@ def graph_problem(model: nn.Module, optimizer: torch.optim.Optimizer, precision:
         return f"CUDA graphs are for CUDA GPUs, and the model is on {', '.join(sorted(kinds))}"
     if precision.needs_scaler:
         return "fp16's gradient scaler decides on the host whether a step is taken"
+    if isinstance(model, GPT) and model.checkpoint_activations and model.config.dropout > 0.0:
+        return "activation checkpointing reads the generator's state for its dropout, which a capture may not"
     if "capturable" not in optimizer.defaults:
         name = type(optimizer).__name__
         return f"a graph needs an optimiser that can take its rate from a tensor, as AdamW and Muon, and this is {name}"
@@ -188,6 +190,12 @@ def graph_problem(model: nn.Module, optimizer: torch.optim.Optimizer, precision:
     ):
         return "the gradients of several processes are summed between its steps"
     return None
+
+
+def _native_problem(model: nn.Module) -> str | None:
+    if isinstance(model, GPT) and model.checkpoint_activations:
+        return "activation checkpointing was asked for, and the native step keeps every activation"
+    return native_step_problem(model)
 
 
 def _device_types(model: nn.Module) -> set[str]:

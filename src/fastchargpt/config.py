@@ -249,6 +249,8 @@ class TrainConfig:
     cuda_graph: Literal["auto", "on", "off"] = "auto"
     # what computes a step: torch, or native C++ code for float32 on a CPU; auto takes the native where it serves
     engine: Literal["auto", "native", "torch"] = "auto"
+    # keep each block's input alone and compute the rest again in the backward pass: less memory, a third more work
+    checkpoint_activations: bool = False
     # attention backend; auto takes the fastest that serves and says why
     attention: Literal["auto", "triton", "sdpa", "naive"] = "auto"
     # seed of initialisation, batches and dropout

@@ -91,6 +91,7 @@ class Trainer:
         torch.manual_seed(config.seed)
         self.model = GPT(model_config).to(self.device)
         self.model.set_attention(config.attention)
+        self.model.checkpoint_activations = config.checkpoint_activations
         self.precision = choose_training_precision(
             config.precision, self.model, config.engine, compile=config.compile == "on"
         )
