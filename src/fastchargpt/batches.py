@@ -246,10 +246,14 @@ def eval_batches(
     batch_size: int,
     device: torch.device | str = "cpu",
     max_batches: int | None = None,
+    rank: int = 0,
+    world_size: int = 1,
 ) -> Iterator[Batch]:
     """The whole split, in order: every token but the first, which has no context, is a target exactly once.
 
     With `max_batches` only so many of the batches, evenly spaced, for an estimate of a long split.
+
+    Of several ranks each takes its rows of every batch, all equally many: ceil(B / world_size).
 
     Every batch has the same shape, (B, T) int64 with B = min(batch_size, windows of the split), so that a compiled
     model compiles once. What is missing at the end is padded: inputs with 0, targets with IGNORE_INDEX. The exact mean
@@ -267,16 +271,18 @@ def eval_batches(
         raise CorpusError(f"a split of {len(data)} tokens has nothing to predict: it needs at least 2")
     rows = min(batch_size, -(-targets // block_size))
     step = rows * block_size
+    share = -(-rows // world_size)
 
     def batches() -> Iterator[Batch]:
         starts: Sequence[int] = range(0, targets, step)
         if max_batches is not None and max_batches < len(starts):
             starts = [starts[number * len(starts) // max_batches] for number in range(max_batches)]
         for start in starts:
-            run = _widen(data[start : start + step + 1], device)
-            missing = step + 1 - len(run)
+            first, last = (min(start + step, start + number * share * block_size) for number in (rank, rank + 1))
+            run = _widen(data[first : last + 1], device)
+            missing = share * block_size + 1 - len(run)
             x = torch.nn.functional.pad(run, (0, missing))[:-1] if missing else run[:-1]
             y = torch.nn.functional.pad(run, (0, missing), value=IGNORE_INDEX)[1:] if missing else run[1:]
-            yield x.view(rows, block_size), y.view(rows, block_size)
+            yield x.view(share, block_size), y.view(share, block_size)
 
     return batches()

@@ -13,6 +13,7 @@ from fastchargpt.errors import BackendUnavailableError, ConfigError
 from fastchargpt.model import GPT
 from fastchargpt.native_step import native_step_problem
 from fastchargpt.precision import Precision, choose_precision
+from fastchargpt.sharding import is_sharded
 
 __all__ = [
     "CompileChoice",
@@ -46,17 +47,30 @@ class CompileChoice:
     reason: str
 
 
-def choose_compile(mode: Literal["auto", "on", "off"], device: torch.device, iterations: int) -> CompileChoice:
+def choose_compile(
+    mode: Literal["auto", "on", "off"], device: torch.device, iterations: int, *, sharded: bool = False
+) -> CompileChoice:
     """Whether to compile the step of a run of `iterations` steps.
 
+    Args:
+        mode: auto weighs; on and off are served.
+        device: where the step runs.
+        iterations: steps of the run.
+        sharded: whether the model's weights lie in pieces on several processes.
+
     Raises:
-        BackendUnavailableError: compilation was asked for by name and there is no compiler.
+        BackendUnavailableError: compilation was asked for by name and cannot be had; with the reason.
         ConfigError: the mode is none of auto, on and off.
     """
     if mode not in ("auto", "on", "off"):
         raise ConfigError(f"compile must be auto, on or off, not {mode!r}")
     if mode == "off":
         return CompileChoice(on=False, reason="asked for")
+    if sharded:
+        reason = "fsdp gathers each block's weights in hooks, which the compiler cannot see into"
+        if mode == "on":
+            raise BackendUnavailableError(f"compile=on cannot be served: {reason}; use --compile=off or --parallel=ddp")
+        return CompileChoice(on=False, reason=reason)
     missing = _missing_compiler(device)
     if mode == "on":
         if missing:
@@ -98,6 +112,8 @@ def choose_engine(
         problem: str | None = "the step is compiled by torch"
     elif precision.name not in ("fp32", "tf32"):
         problem = f"the native step is for float32, and the precision is {precision.name}"
+    elif any(map(is_sharded, model.parameters())):
+        problem = "the native step needs whole weights, and fsdp keeps a piece of each on a process"
     else:
         problem = _native_problem(model)
     if problem is None:

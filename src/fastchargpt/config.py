@@ -253,6 +253,9 @@ class TrainConfig:
     checkpoint_activations: bool = False
     # attention backend; auto takes the fastest that serves and says why
     attention: Literal["auto", "triton", "sdpa", "naive"] = "auto"
+    # how the processes that torchrun starts share a run: ddp has the whole model on each, fsdp a piece of it; auto is
+    # ddp where there are several; batch_size stays that of all together
+    parallel: Literal["auto", "ddp", "fsdp", "none"] = "auto"
     # seed of initialisation, batches and dropout
     seed: int = 1337
     # on a GPU, the same bits in every run with this seed, or a refusal; slower, and not compiled (a CPU's are anyway)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from fastchargpt.batches import TokenData, eval_batches
 from fastchargpt.config import IGNORE_INDEX
 from fastchargpt.native_step import NativeStep
+from fastchargpt.parallel import Parallel
 from fastchargpt.precision import Precision
 
 __all__ = ["EVAL_TOKENS_PER_BATCH", "Evaluation", "evaluate"]
@@ -46,6 +47,7 @@ def evaluate(
     precision: Precision,
     max_batches: int | None = None,
     native: NativeStep | None = None,
+    parallel: Parallel | None = None,
 ) -> Evaluation:
     """The mean loss over a split, read in windows of block_size that do not overlap.
 
@@ -56,6 +58,7 @@ def evaluate(
         precision: number format of the matrix products.
         native: the model's native step, which then computes the losses.
         max_batches: read only this many batches, evenly spaced over the split; None reads it whole.
+        parallel: the processes that share the windows; each gets the mean over all of them.
 
     Raises:
         CorpusError: the split is shorter than two tokens.
@@ -64,14 +67,19 @@ def evaluate(
     was_training = model.training
     model.eval()
     try:
-        total, count = torch.zeros((), dtype=torch.float64), 0
+        sums = torch.zeros(2, dtype=torch.float64)  # of the losses, of the targets
+        rank, world_size = (0, 1) if parallel is None else (parallel.rank, parallel.world_size)
         batch_size = max(1, EVAL_TOKENS_PER_BATCH // block_size)
+        if max_batches is None:
+            batch_size *= world_size  # so that each process's share fills its device
         with precision.matmuls(), precision.autocast(device.type):
-            for x, y in eval_batches(tokens, block_size, batch_size, device, max_batches):
+            for x, y in eval_batches(tokens, block_size, batch_size, device, max_batches, rank, world_size):
                 targets = int((y != IGNORE_INDEX).sum())
                 loss: Tensor = model(x, y)[1] if native is None else native.loss(x, y)
-                total += loss.double().cpu() * targets
-                count += targets
+                if targets:  # a share of padding alone has no mean
+                    sums[0] += loss.double().cpu() * targets
+                    sums[1] += targets
     finally:
         model.train(was_training)
-    return Evaluation(loss=float(total) / count, tokens=count)
+    total, count = (sums if parallel is None else parallel.total(sums)).tolist()
+    return Evaluation(loss=total / count, tokens=int(count))

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from fastchargpt.errors import TrainingError
+from fastchargpt.parallel import Parallel
+from fastchargpt.sharding import local
 from fastchargpt.step import TrainStep
 
 __all__ = ["NumberWatch", "first_not_finite", "is_out_of_memory"]
@@ -30,6 +32,8 @@ class _Unread:
 
 class NumberWatch:
     """Holds each step's figures on the device and reads them only when asked, so that no step waits for the device.
+
+    Where several processes share the steps, all of them read at the same time, and find the same.
 
     Args:
         step: whose figures they are.
@@ -60,7 +64,7 @@ class NumberWatch:
         unread, self._unread = self._unread, []
         if not unread:
             return math.nan
-        losses = torch.stack([figures.loss for figures in unread]).tolist()
+        losses = self._step.parallel.mean(torch.stack([figures.loss for figures in unread])).tolist()
         norms = [figures.norm for figures in unread if figures.norm is not None]
         totals = torch.stack(norms).tolist() if len(norms) == len(unread) else [0.0] * len(unread)
         skipped: list[_Unread] = []
@@ -98,11 +102,12 @@ class NumberWatch:
         )
 
 
-def first_not_finite(model: nn.Module) -> str | None:
-    """The name of the first parameter that holds a value that is not finite, or None."""
+def first_not_finite(model: nn.Module, parallel: Parallel | None = None) -> str | None:
+    """The name of the first parameter that holds a value that is not finite on any process, or None."""
     names, parameters = zip(*model.named_parameters(), strict=True)
-    finite = torch.stack([torch.isfinite(parameter).all() for parameter in parameters]).tolist()
-    return next((name for name, whole in zip(names, finite, strict=True) if not whole), None)
+    broken = torch.stack([(~torch.isfinite(local(parameter))).any() for parameter in parameters])
+    counts = (broken.int() if parallel is None else parallel.total(broken.int())).tolist()
+    return next((name for name, count in zip(names, counts, strict=True) if count), None)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

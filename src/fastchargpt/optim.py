@@ -12,6 +12,7 @@ from torch.optim.adamw import adamw
 from fastchargpt.config import TrainConfig
 from fastchargpt.layers import Block
 from fastchargpt.model import GPT
+from fastchargpt.sharding import is_sharded, piece_like, whole
 
 __all__ = [
     "AdamW",
@@ -91,7 +92,8 @@ class Muon(_Light):
     """Muon (https://kellerjordan.github.io/posts/muon) for matrices, AdamW for everything else.
 
     A matrix's momentum is orthogonalised before it is applied. Matrices that lie stacked in one weight, as queries,
-    keys and values do, are orthogonalised one by one.
+    keys and values do, are orthogonalised one by one. Where weights lie in pieces on several processes, each gathers
+    the whole updates, orthogonalises all of them and applies its own pieces.
 
     Args:
         matrices: weights (R, C), each with the rows of the matrices stacked in it.
@@ -190,14 +192,20 @@ class Muon(_Light):
         momentum, rate = group["momentum"], group["lr"]
         # (weight's part, its update), equal shapes together so that they are orthogonalised in one batch
         parts: dict[tuple[int, ...], list[tuple[Tensor, Tensor]]] = {}
+        changes: list[tuple[Tensor, Tensor]] = []  # (weight in pieces, its whole change)
         for weight in weights:
             gradient = weight.grad
             assert gradient is not None
             buffer = self.prepare(weight, group)["momentum_buffer"]
             buffer.lerp_(gradient, 1.0 - momentum)
-            update = gradient.lerp(buffer, momentum)
+            update = whole(gradient.lerp(buffer, momentum))
+            target = weight
+            if is_sharded(weight):
+                weight.mul_(1.0 - rate * group["weight_decay"])
+                target = torch.zeros_like(update)
+                changes.append((weight, target))
             rows = self.blocks(weight)
-            for part, block in zip(weight.split(rows), update.split(rows), strict=True):
+            for part, block in zip(target.split(rows), update.split(rows), strict=True):
                 parts.setdefault(tuple(part.shape), []).append((part, block))
         for shape, pairs in parts.items():
             updates = orthogonalise(torch.stack([block for _, block in pairs]))
@@ -207,6 +215,8 @@ class Muon(_Light):
                     part.addcmul_(update, -rate * shape_factor(*shape))
                 else:
                     part.add_(update, alpha=-rate * shape_factor(*shape))
+        for weight, change in changes:
+            weight.add_(piece_like(change, weight))
 
 
 def make_muon(

@@ -13,7 +13,9 @@ from fastchargpt.errors import BackendUnavailableError, ConfigError
 from fastchargpt.model import GPT
 from fastchargpt.native_step import NativeStep, native_update_problem
 from fastchargpt.optim import make_adamw
+from fastchargpt.parallel import Parallel
 from fastchargpt.precision import Precision
+from fastchargpt.sharding import local, sharded_state, whole_state
 
 __all__ = ["TrainStep", "make_train_step"]
 
@@ -28,6 +30,7 @@ class TrainStep:
         grad_norm: norm of the last gradient before clipping, a 0-d tensor; None when nothing is clipped.
         grad_norms: the norm of each parameter's, 1-D, in the order of `norm_names`; None when nothing is clipped.
         norm_names: the parameters that had a gradient.
+        parallel: the processes that share the step.
         native: the native code that takes the step, or None where torch does.
         captured: the CUDA graphs that take the step, or None. What the caller changes behind it (the clipping, a
             module's switches) is not seen by a graph that is there already: `captured.reset()` after such a change.
@@ -46,6 +49,7 @@ class TrainStep:
         learning_rate: Callable[[int], float] | None,
         native: NativeStep | None = None,
         graphs: Graphs | None = None,
+        parallel: Parallel | None = None,
     ) -> None:
         self.model = model
         self.optimizer = optimizer
@@ -66,6 +70,8 @@ class TrainStep:
         self._scaler = torch.amp.GradScaler(self._device_type, enabled=precision.needs_scaler)
         self._loss = torch.compile(self._eager_loss) if compile else self._eager_loss
         self.native = native
+        self.parallel = parallel or Parallel(device=self._parameters[0].device, reason="one process")
+        self._module = self.parallel.replicate(model, native=native is not None)
         self._native_update = native is not None and native_update_problem(optimizer) is None
         self.captured = None if graphs is None else CapturedStep(graphs)
         self._rates = None if self.captured is None else DeviceRates(optimizer, self.captured.reset)
@@ -73,7 +79,7 @@ class TrainStep:
 
     def _eager_loss(self, x: Tensor, y: Tensor) -> Tensor:
         with self.precision.autocast(self._device_type):
-            loss: Tensor = self.model(x, y)[1]
+            loss: Tensor = self._module(x, y)[1]
         return loss
 
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
@@ -84,7 +90,8 @@ class TrainStep:
             y: the tokens that follow, (B, T) int64.
 
         Returns:
-            The mean loss before the step, in nats per token: a 0-d tensor on the device.
+            The mean loss before the step, in nats per token: a 0-d tensor on the device. Where several processes share
+            the step, that of this one's sequences.
 
         Raises:
             ConfigError: B is not a multiple of gradient_accumulation_steps.
@@ -149,11 +156,12 @@ class TrainStep:
         parts = self.gradient_accumulation_steps
         total: Tensor | None = None
         with self.precision.matmuls():
-            for x_part, y_part in zip(x.chunk(parts), y.chunk(parts), strict=True):
-                loss = self._loss(x_part, y_part)
-                if parts > 1:
-                    loss = loss / parts
-                self._scaler.scale(loss).backward()
+            for number, (x_part, y_part) in enumerate(zip(x.chunk(parts), y.chunk(parts), strict=True), start=1):
+                with self.parallel.exchange(self._module, number == parts):
+                    loss = self._loss(x_part, y_part)
+                    if parts > 1:
+                        loss = loss / parts
+                    self._scaler.scale(loss).backward()
                 total = loss.detach() if total is None else total + loss.detach()
             if self.grad_clip > 0.0:
                 self._scaler.unscale_(self.optimizer)
@@ -171,6 +179,8 @@ class TrainStep:
         total = torch.zeros(())
         for number, (x_part, y_part) in enumerate(zip(x.chunk(parts), y.chunk(parts), strict=True)):
             total += self.native(x_part, y_part, scale=1.0 / parts, add=number > 0) / parts
+        if self.parallel.mode != "none":
+            self.parallel.average([parameter.grad for parameter in self._parameters if parameter.grad is not None])
         if not self._native_update:
             if self.grad_clip > 0.0:
                 self._clip()
@@ -188,11 +198,11 @@ class TrainStep:
     @torch.no_grad()
     def _clip(self) -> None:
         """torch's clip_grad_norm_, bit for bit, but each parameter's norm is kept: it says which one overflowed."""
-        gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
+        gradients = [local(parameter.grad) for parameter in self._parameters if parameter.grad is not None]
         self.norm_names = [
             name for name, parameter in zip(self._names, self._parameters, strict=True) if parameter.grad is not None
         ]
-        self.grad_norms = torch.stack(torch._foreach_norm(gradients))
+        self.grad_norms = self.parallel.norms(torch.stack(torch._foreach_norm(gradients)))
         self.grad_norm = torch.linalg.vector_norm(self.grad_norms)
         nn.utils.clip_grads_with_norm_(self._parameters, self.grad_clip, self.grad_norm)
 
@@ -205,10 +215,13 @@ class TrainStep:
         return float(group["lr"]) / float(group.get("lr_scale", 1.0))
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything but the weights that the next step depends on."""
+        """Everything but the weights that the next step depends on; the same whether the run is shared or not.
+
+        Of a run whose weights are in pieces every process must call it, and process 0 alone gets what it can use.
+        """
         return {
             "iteration": self.iteration,
-            "optimizer": (self._rates or self.optimizer).state_dict(),
+            "optimizer": whole_state((self._rates or self.optimizer).state_dict(), keep=self.parallel.is_main),
             "scaler": self._scaler.state_dict(),
         }
 
@@ -218,7 +231,7 @@ class TrainStep:
         Raises:
             KeyError, TypeError, ValueError: it is another optimiser's, or another model's.
         """
-        self.optimizer.load_state_dict(state["optimizer"])
+        self.optimizer.load_state_dict(sharded_state(state["optimizer"], self._parameters))
         for parameter, kept in self.optimizer.state.items():
             for name, value in kept.items():
                 moment = name in ("exp_avg", "exp_avg_sq", "momentum_buffer")
@@ -241,6 +254,7 @@ def make_train_step(
     optimizer: torch.optim.Optimizer | None = None,
     engine: Literal["auto", "native", "torch"] = "auto",
     cuda_graph: bool = False,
+    parallel: Parallel | None = None,
 ) -> TrainStep:
     """A training step for any model whose `model(x, y)` returns `(logits, loss)`.
 
@@ -257,6 +271,7 @@ def make_train_step(
         engine: native takes the step in C++ code, for a `GPT` in float32 on a CPU; auto does where that serves.
         cuda_graph: whether the whole step, optimiser included, is captured in a CUDA graph and replayed by one launch.
             Then each step must do the same operations: a model that looks at its tensors' values cannot be captured.
+        parallel: the processes that share the step, each calling it with its own sequences.
 
     Raises:
         ConfigError: a value breaks a rule.
@@ -289,4 +304,5 @@ def make_train_step(
         learning_rate=schedule,
         native=NativeStep(model) if native and isinstance(model, GPT) else None,
         graphs=CudaGraphs(device) if cuda_graph else None,
+        parallel=parallel,
     )

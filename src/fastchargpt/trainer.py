@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,18 +13,19 @@ import torch
 
 from fastchargpt.attention import explain_attention
 from fastchargpt.batches import TokenBatches, place_tokens
-from fastchargpt.checkpoint import Checkpoint, load_last_good, save_checkpoint
 from fastchargpt.choices import choose_compile, choose_engine, choose_graph, choose_training_precision
 from fastchargpt.config import GPTConfig, TrainConfig
 from fastchargpt.corpus import Corpus
 from fastchargpt.determinism import check_deterministic, deterministic_algorithms
-from fastchargpt.errors import CheckpointError, FastchargptError, TrainingError
+from fastchargpt.errors import BackendUnavailableError, FastchargptError, TrainingError
 from fastchargpt.evaluation import EVAL_TOKENS_PER_BATCH, evaluate
-from fastchargpt.faults import NumberWatch, first_not_finite, is_out_of_memory
+from fastchargpt.faults import NumberWatch, is_out_of_memory
 from fastchargpt.metrics import MetricsLogger
 from fastchargpt.model import GPT
 from fastchargpt.optim import learning_rate_at, make_optimizer
-from fastchargpt.precision import choose_device
+from fastchargpt.parallel import Parallel, open_parallel
+from fastchargpt.reporting import Reporter
+from fastchargpt.saving import Saves
 from fastchargpt.signals import StopSignals
 from fastchargpt.step import make_train_step
 
@@ -52,6 +54,9 @@ class TrainResult:
 class Trainer:
     """Trains one GPT on one corpus.
 
+    Where several processes share a run, each makes a Trainer with the same arguments and calls the same methods;
+    process 0 alone writes and logs.
+
     Args:
         model_config: the model; its vocab_size must be at least the corpus's.
         config: how it is trained.
@@ -61,6 +66,8 @@ class Trainer:
         loggers: whatever takes `.log(dict, step=)`.
         log: takes each line that people read; the forms `step N: ...` and `iter N: ...` are nanoGPT's.
         progress: whether a tqdm bar is drawn.
+        parallel: the processes that share the run; by default `open_parallel` joins those that a launcher started, and
+            `trainer.parallel.close()` leaves them.
 
     Raises:
         ConfigError, CorpusError, BackendUnavailableError: the parts do not fit together, or not here.
@@ -77,28 +84,40 @@ class Trainer:
         loggers: Sequence[MetricsLogger] = (),
         log: Callable[[str], None] = print,
         progress: bool = False,
+        parallel: Parallel | None = None,
     ) -> None:
-        self.config, self.corpus, self.out_dir, self.info = config, corpus, out_dir, dict(info or {})
-        self._loggers, self._log, self._progress = loggers, log, progress
-        self.device = choose_device(config.device)
+        self.config, self.corpus, self.out_dir = config, corpus, out_dir
+        self.parallel = parallel or open_parallel(config.parallel, config.device)
+        self._reporter = Reporter(log, loggers, progress=progress, silent=not self.parallel.is_main)
+        self.device = self.parallel.device
         if config.deterministic:
             check_deterministic(self.device, config.compile)
         self.compile = choose_compile(
             "off" if config.deterministic and self.device.type == "cuda" else config.compile,
             self.device,
             config.max_iters,
+            sharded=self.parallel.mode == "fsdp",
         )
         torch.manual_seed(config.seed)
         self.model = GPT(model_config).to(self.device)
         self.model.set_attention(config.attention)
         self.model.checkpoint_activations = config.checkpoint_activations
-        self.precision = choose_training_precision(
-            config.precision, self.model, config.engine, compile=config.compile == "on"
-        )
+        sharded = self.parallel.mode == "fsdp"
+        engine = "torch" if sharded and config.engine == "auto" else config.engine
+        self.precision = choose_training_precision(config.precision, self.model, engine, compile=config.compile == "on")
+        if self.precision.needs_scaler and sharded:
+            raise BackendUnavailableError(
+                "parallel=fsdp cannot be had with precision fp16, whose gradient scaler needs whole gradients: use "
+                "--precision=bf16 or fp32, or --parallel=ddp"
+            )
+        self.parallel.shard(self.model, self.model.transformer.h)
+        if not self.parallel.is_main:
+            torch.manual_seed(config.seed + self.parallel.rank)  # each process's dropout is its own
         self._train_tokens, self._val_tokens = (
             place_tokens(corpus.train, self.device),
             place_tokens(corpus.val, self.device),
         )
+        _, micro_batches = self.parallel.share(config.batch_size, config.gradient_accumulation_steps)
         self.batches = TokenBatches(
             self._train_tokens,
             batch_size=config.batch_size * config.gradient_accumulation_steps,
@@ -106,6 +125,8 @@ class Trainer:
             order=config.order,
             device=self.device,
             seed=config.seed,
+            rank=self.parallel.rank,
+            world_size=self.parallel.world_size,
         )
         self.engine = choose_engine(config.engine, self.model, self.precision, compile=self.compile.on)
         optimizer = make_optimizer(self.model, config)
@@ -122,19 +143,41 @@ class Trainer:
             optimizer=optimizer,
             learning_rate=lambda iteration: learning_rate_at(iteration, config),
             grad_clip=config.grad_clip,
-            gradient_accumulation_steps=config.gradient_accumulation_steps,
+            gradient_accumulation_steps=micro_batches,
             precision=self.precision,
             compile=self.compile.on,
             engine="native" if self.engine.native else "torch",
             cuda_graph=self.graph.on,
+            parallel=self.parallel,
         )
-        self.val_loss = self.best_val_loss = math.inf
-        self.best_iteration = 0
-        self._evaluated_at = -1
-        self._evaluations_without_gain = 0
-        self._saved_at = -1  # the step that last/ holds
-        self._numbers = NumberWatch(self.step, last_good=self._last_good, log=self._write)
-        self._bar: Any = None
+        self._saves = Saves(
+            out_dir,
+            info or {},
+            model=self.model,
+            config=config,
+            corpus=corpus,
+            step=self.step,
+            batches=self.batches,
+            parallel=self.parallel,
+            write=self._reporter.line,
+        )
+        self.scores = self._saves.scores
+        self._numbers = NumberWatch(self.step, last_good=self._saves.last_good, log=self._reporter.line)
+
+    @property
+    def val_loss(self) -> float:
+        """Exact validation loss at the last evaluation, nats per token."""
+        return self.scores.val_loss
+
+    @property
+    def best_val_loss(self) -> float:
+        """The lowest validation loss so far."""
+        return self.scores.best_val_loss
+
+    @property
+    def best_iteration(self) -> int:
+        """The step of the lowest validation loss."""
+        return self.scores.best_iteration
 
     def describe(self) -> list[str]:
         """The choices of this run and their reasons, a line each."""
@@ -157,20 +200,26 @@ class Trainer:
             f"compile {'on' if self.compile.on else 'off'}: {self.compile.reason}",
             f"engine {'native' if self.engine.native else 'torch'}: {self.engine.reason}",
             f"cuda graph {'on' if self.graph.on else 'off'}: {self.graph.reason}",
+            *([self._describe_sharing()] if self.parallel.mode != "none" else []),
             *(["deterministic: the same bits in every run with this seed"] if config.deterministic else []),
         ]
+
+    def _describe_sharing(self) -> str:
+        rows, parts = self.parallel.share(self.config.batch_size, self.config.gradient_accumulation_steps)
+        return f"{self.parallel.describe()}; of each step a process takes {parts} x {rows} sequences"
 
     def run(self) -> TrainResult:
         """Train to the end, or to the first reason to stop. Going on after a signal is another call.
 
         Raises:
-            TrainingError: a loss, a gradient or a weight is not finite, or memory ran out; the message names the step
-                and the last checkpoint.
+            TrainingError: a loss, a gradient or a weight is not finite, memory ran out, or another process that shares
+                the run is gone; the message names the step and the last checkpoint.
             BackendUnavailableError: deterministic was asked for, and an operation has no deterministic form here.
         """
         start = time.perf_counter()
         deterministic = deterministic_algorithms(self.config.deterministic)
-        with deterministic, StopSignals() as signals, self._progress_bar(), self._memory_errors():
+        bar = self._reporter.bar(self.config.max_iters, lambda: self.step.iteration)
+        with deterministic, StopSignals() as signals, bar, self._faults():
             stopped = self._loop(signals)
         return TrainResult(
             iterations=self.step.iteration,
@@ -182,25 +231,26 @@ class Trainer:
         )
 
     def _loop(self, signals: StopSignals) -> Stopped:
-        config, step = self.config, self.step
+        config, step, scores = self.config, self.step, self.scores
         since, steps_timed = time.perf_counter(), 0
         while True:
             at_end = step.iteration >= config.max_iters or config.eval_only
             due = step.iteration % config.eval_interval == 0 and (step.iteration > 0 or config.eval_at_start)
-            if (at_end or due) and self._evaluated_at != step.iteration:
+            if (at_end or due) and scores.evaluated_at != step.iteration:
                 self._evaluate_and_save()
                 since, steps_timed = time.perf_counter(), 0
-            if self._evaluated_at == step.iteration:  # by a life before, too, that was killed behind its last save
-                if config.target_val_loss is not None and self.val_loss <= config.target_val_loss:
+            if scores.evaluated_at == step.iteration:  # by a life before, too, that was killed behind its last save
+                if config.target_val_loss is not None and scores.val_loss <= config.target_val_loss:
                     return "target"
-                if config.patience is not None and self._evaluations_without_gain >= config.patience:
+                if config.patience is not None and scores.evaluations_without_gain >= config.patience:
                     return "patience"
             if at_end:
                 return "finished"
-            if signals.received is not None:
+            received = self.parallel.largest(signals.received or 0)  # a signal to one process stops all, at one step
+            if received:
                 self._numbers.read()
                 self._save_last()
-                return "SIGINT" if signals.received.name == "SIGINT" else "SIGTERM"
+                return "SIGINT" if received == signal.SIGINT else "SIGTERM"
             self._numbers.note(step.take(self.batches))
             steps_timed += 1
             if (step.iteration - 1) % config.log_interval == 0:
@@ -210,11 +260,14 @@ class Trainer:
                 since, steps_timed = now, 0
 
     def _report_step(self, loss: float, seconds: float) -> None:
+        if not self.parallel.is_main:
+            return
         step, batch_size = self.step, self.batches.batch_size
         iteration = step.iteration - 1
-        mfu = self.model.estimate_mfu(batch_size, seconds, self.precision.dtype)
+        # the share of all devices' peak is that of one device with its part of the batch
+        mfu = self.model.estimate_mfu(batch_size / self.parallel.world_size, seconds, self.precision.dtype)
         tokens_per_second = batch_size * self.model.config.block_size / seconds
-        self._write(f"iter {iteration}: loss {loss:.4f}, time {seconds * 1000:.2f}ms, mfu {mfu * 100:.2f}%")
+        self._reporter.line(f"iter {iteration}: loss {loss:.4f}, time {seconds * 1000:.2f}ms, mfu {mfu * 100:.2f}%")
         figures = {
             "loss": loss,
             "lr": step.learning_rate,
@@ -226,10 +279,8 @@ class Trainer:
         norm = math.nan if step.grad_norm is None else float(step.grad_norm)
         if math.isfinite(norm):  # not where nothing is clipped, nor in a step that the gradient scaler skipped
             figures["grad_norm"] = norm
-        self._report(figures, iteration)
-        if self._bar is not None:
-            self._bar.set_postfix_str(f"loss {loss:.4f}, {tokens_per_second:,.0f} tok/s", refresh=False)
-            self._bar.update(step.iteration - self._bar.n)
+        self._reporter.figures(figures, iteration)
+        self._reporter.move(step.iteration, f"loss {loss:.4f}, {tokens_per_second:,.0f} tok/s")
 
     def _evaluate_and_save(self) -> None:
         self._numbers.read()
@@ -241,6 +292,7 @@ class Trainer:
             precision=self.precision,
             max_batches=self._train_batches(),
             native=self.step.native,
+            parallel=self.parallel,
         )
         val = evaluate(
             self.model,
@@ -248,23 +300,19 @@ class Trainer:
             block_size=block_size,
             precision=self.precision,
             native=self.step.native,
+            parallel=self.parallel,
         )
         if not math.isfinite(val.loss):
             raise TrainingError(
                 f"the validation loss is {val.loss} at step {iteration} (learning rate {self.step.learning_rate:.3g}): "
-                f"lower --learning-rate or --grad-clip; {self._last_good()}"
+                f"lower --learning-rate or --grad-clip; {self._saves.last_good()}"
             )
-        self.val_loss, self._evaluated_at = val.loss, iteration
-        improved = val.loss < self.best_val_loss
-        if improved:
-            self.best_val_loss, self.best_iteration, self._evaluations_without_gain = val.loss, iteration, 0
-        else:
-            self._evaluations_without_gain += 1
-        self._write(f"step {iteration}: train loss {train.loss:.4f}, val loss {val.loss:.4f}")
-        self._report({"train_loss": train.loss, "val_loss": val.loss}, iteration)
-        if self.out_dir is not None and not self.config.eval_only:
+        improved = self.scores.note(val.loss, iteration)
+        self._reporter.line(f"step {iteration}: train loss {train.loss:.4f}, val loss {val.loss:.4f}")
+        self._reporter.figures({"train_loss": train.loss, "val_loss": val.loss}, iteration)
+        if not self.config.eval_only:
             if improved:
-                save_checkpoint(self.out_dir / "best", self._checkpoint(with_trainer=False))
+                self._saves.save_best()
             self._save_last()
 
     def _train_batches(self) -> int:
@@ -273,56 +321,13 @@ class Trainer:
         return max(1, round(tokens / EVAL_TOKENS_PER_BATCH))
 
     def _save_last(self) -> None:
-        if self.out_dir is None:
-            return
-        overflowed = first_not_finite(self.model)
-        if overflowed is not None:  # the step that did it had a finite loss and gradient, so nothing has said so yet
-            raise TrainingError(
-                f"the weight {overflowed} is not finite after step {self.step.iteration - 1} (learning rate "
-                f"{self.step.learning_rate:.3g}): lower --learning-rate; {self._last_good()}"
-            )
-        save_checkpoint(self.out_dir / "last", self._checkpoint(with_trainer=True), keep_previous=True)
-        self._saved_at = self.step.iteration
-
-    def _last_good(self) -> str:
-        if self.out_dir is None or self._saved_at < 0:
-            return "nothing was saved"
-        return f"the last good checkpoint is {self.out_dir / 'last'}, of step {self._saved_at}"
-
-    def _checkpoint(self, *, with_trainer: bool) -> Checkpoint:
-        return Checkpoint(
-            model_config=self.model.config,
-            weights=self.model.state_dict(),
-            tokenizer_json=None if self.corpus.tokenizer is None else self.corpus.tokenizer.to_json(),
-            train_config=self.config,
-            trainer_state=self._state() if with_trainer else None,
-            info={
-                **self.info,
-                "iteration": self.step.iteration,
-                "val_loss": self.val_loss if math.isfinite(self.val_loss) else None,
-                "corpus": self.corpus.name,
-                "corpus_tokens": [len(self.corpus.train), len(self.corpus.val)],
-            },
-        )
-
-    def _state(self) -> dict[str, Any]:
-        """Everything beside the weights that the rest of the run depends on."""
-        return {
-            "step": self.step.state_dict(),
-            "batches": self.batches.state_dict(),
-            "rng": torch.get_rng_state(),
-            "cuda_rng": torch.cuda.get_rng_state_all() if self.device.type == "cuda" else [],
-            "val_loss": self.val_loss,
-            "best_val_loss": self.best_val_loss,
-            "best_iteration": self.best_iteration,
-            "evaluated_at": self._evaluated_at,
-            "evaluations_without_gain": self._evaluations_without_gain,
-        }
+        self._saves.save_last()
 
     def resume(self) -> int:
         """Take up the run whose `last/` lies in out_dir; on a CPU the rest is then bit-equal to never having stopped.
 
-        Where `last/` is damaged, the save before it is taken, and a line says so.
+        Where `last/` is damaged, the save before it is taken, and a line says so. The run may have had another number
+        of processes, which shared it in another way: then it goes on with the same data, and equal up to rounding.
 
         Returns:
             The steps already taken.
@@ -330,86 +335,24 @@ class Trainer:
         Raises:
             CheckpointError: there is none, it is damaged, or it is of another model or corpus.
         """
-        assert self.out_dir is not None, "a run without an out dir has nothing to resume"
-        folder = self.out_dir / "last"
-        checkpoint, damage = load_last_good(folder, device=self.device, with_trainer=True, repair=True)
-        if damage is not None:
-            self._write(
-                f"{damage}; going on from the save before it, of step {checkpoint.info.get('iteration')} (the damaged "
-                f"one is kept as {folder}.damaged)"
-            )
-        if checkpoint.model_config != self.model.config:
-            raise CheckpointError(
-                f"{folder} holds another model than the one asked for: resume with the flags it began with"
-            )
-        sizes = [len(self.corpus.train), len(self.corpus.val)]
-        if checkpoint.info.get("corpus_tokens") != sizes:
-            raise CheckpointError(
-                f"{folder} was trained on {checkpoint.info.get('corpus_tokens')} training and validation tokens, and "
-                f"the corpus {self.corpus.name} has {sizes}: resume with the --data it began with"
-            )
-        state = checkpoint.trainer_state
-        assert state is not None
-        try:
-            self.model.load_state_dict(checkpoint.weights)
-            self._load_state(state)
-        except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError, RuntimeError) as error:
-            if isinstance(error, FastchargptError):
-                raise
-            reason = str(error).splitlines()[0][:120] if str(error) else "no reason given"
-            raise CheckpointError(
-                f"{folder} holds the state of another kind of run ({type(error).__name__}: {reason}): it can be "
-                "sampled from, not resumed"
-            ) from None
-        self._saved_at = self.step.iteration
-        return self.step.iteration
-
-    def _load_state(self, state: dict[str, Any]) -> None:
-        self.step.load_state_dict(state["step"])
-        self.batches.load_state_dict(state["batches"])
-        torch.set_rng_state(state["rng"])
-        if state["cuda_rng"] and self.device.type == "cuda":
-            torch.cuda.set_rng_state_all(state["cuda_rng"])
-        self.val_loss, self.best_val_loss = float(state["val_loss"]), float(state["best_val_loss"])
-        self.best_iteration, self._evaluated_at = int(state["best_iteration"]), int(state["evaluated_at"])
-        self._evaluations_without_gain = int(state["evaluations_without_gain"])
-
-    def _report(self, figures: dict[str, float], iteration: int) -> None:
-        for logger in self._loggers:
-            logger.log(figures, step=iteration)
-
-    def _write(self, line: str) -> None:
-        if self._bar is None:
-            self._log(line)
-        elif not line.startswith("iter "):  # the bar itself shows what the iter lines say
-            self._bar.write(line)
+        return self._saves.resume()
 
     @contextlib.contextmanager
-    def _progress_bar(self) -> Iterator[None]:
-        if not self._progress:
-            yield
-            return
-        from tqdm import tqdm
-
-        with tqdm(
-            total=self.config.max_iters, initial=self.step.iteration, unit="step", dynamic_ncols=True
-        ) as self._bar:
-            try:
-                yield
-            finally:
-                self._bar.update(self.step.iteration - self._bar.n)
-                bar, self._bar = self._bar, None
-                bar.refresh()
-
-    @contextlib.contextmanager
-    def _memory_errors(self) -> Iterator[None]:
+    def _faults(self) -> Iterator[None]:
+        """Memory that runs out, here or on another process, as one sentence."""
         try:
             yield
             return
         except (MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error):
+            lost = self.parallel.is_lost(error)
+            if not lost and not is_out_of_memory(error):
                 raise
         # here, not in the handler: leaving it frees the frames of the failed step and the tensors that they hold
+        if lost:
+            raise TrainingError(
+                f"another process of this run ended at step {self.step.iteration}, and said why if it could; "
+                f"{self._saves.last_good()}"
+            )
         self.step.optimizer.zero_grad(set_to_none=True)
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -419,9 +362,13 @@ class Trainer:
         )
 
     def _rescue(self) -> str:
-        """Save the steps since the last checkpoint, if they are whole and it can be done; a clause that says so."""
-        if not self.step.updating and not self.config.eval_only and self._saved_at < self.step.iteration:
+        """Save the steps since the last checkpoint, if they are whole and it can be done; a clause that says so.
+
+        Not where the run is shared: a save needs all processes, and those that had enough memory are still in the step.
+        """
+        alone, since = self.parallel.mode == "none", self._saves.saved_at
+        if alone and not self.step.updating and not self.config.eval_only and since < self.step.iteration:
             with contextlib.suppress(FastchargptError, MemoryError, RuntimeError):
                 self._numbers.read()
                 self._save_last()
-        return self._last_good()
+        return self._saves.last_good()

@@ -1,15 +1,22 @@
 """Which command was meant, and how its errors reach the user: one line, exit status 2."""
 
+import contextlib
 import errno
 import importlib
+import io
 import os
 import sys
+import time
 from collections.abc import Sequence
 
 from fastchargpt import __version__
 from fastchargpt.errors import FastchargptError, nearest
 
 __all__ = ["COMMANDS", "main"]
+
+# torchrun ends the other processes within a second of the first one's failure; one that is still there after this long
+# has an error of its own
+LAUNCHER_SECONDS = 10.0
 
 # command -> (module with `run(argv) -> exit status`, one line of help)
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -32,6 +39,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit status: 0; 2 for a user's mistake, told in one line; 130 or 143 for a run that a signal ended.
     """
     words = list(sys.argv[1:] if argv is None else argv)
+    if not _rank():
+        return _main(words)
+    with contextlib.redirect_stdout(_Nowhere()):  # of the processes that share a run the first one speaks
+        return _main(words)
+
+
+def _main(words: list[str]) -> int:
     if not words or words[0] in ("-h", "--help", "help"):
         print(_usage())
         return 0 if words else 2
@@ -62,8 +76,26 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _fail(sentence: str) -> int:
-    print(f"fastchargpt: {sentence}", file=sys.stderr)
+    """Tell the user; of several processes that all fail alike, the first one does, and its launcher ends the others."""
+    rank = _rank()
+    if rank and "TORCHELASTIC_RUN_ID" in os.environ:
+        time.sleep(LAUNCHER_SECONDS)
+    print(f"fastchargpt: {f'process {rank}: ' if rank else ''}{sentence}", file=sys.stderr)
     return 2
+
+
+def _rank() -> int:
+    """This process's number among those that a launcher started to share a run; 0 where it is alone."""
+    rank = os.environ.get("RANK", "0")
+    return int(rank) if rank.isdecimal() and os.environ.get("WORLD_SIZE", "1") != "1" else 0
+
+
+class _Nowhere(io.TextIOBase):
+    """A stream that keeps nothing."""
+
+    def write(self, text: str) -> int:
+        """Take the text."""
+        return len(text)
 
 
 def _usage() -> str:

@@ -1,5 +1,6 @@
 """`fastchargpt train`: text in; a trained model, its figures, its picture and a sample out."""
 
+import contextlib
 import dataclasses
 import os
 import shutil
@@ -17,6 +18,7 @@ from fastchargpt.corpus import Corpus, load_corpus
 from fastchargpt.errors import ConfigError, OutDirError
 from fastchargpt.metrics import JsonlMetrics, MetricsLogger, TensorBoardMetrics, read_metrics
 from fastchargpt.outdir import claim_out_dir
+from fastchargpt.parallel import Parallel, open_parallel
 from fastchargpt.plotting import plot_losses
 from fastchargpt.presets import preset
 from fastchargpt.trainer import Trainer, TrainResult
@@ -67,6 +69,12 @@ def run(argv: Sequence[str]) -> int:
     options, config = command.run, command.train
     if options.resume and options.overwrite:
         raise ConfigError("--resume goes on with a run and --overwrite replaces it: give one of the two")
+    with open_parallel(config.parallel, config.device) as parallel:
+        return _run(command, argv, parallel)
+
+
+def _run(command: TrainCommand, argv: Sequence[str], parallel: Parallel) -> int:
+    options, config = command.run, command.train
     corpus = load_corpus(options.data, tokenizer=options.tokenizer, bpe_vocab_size=options.bpe_vocab_size)
     if corpus.note:
         print(corpus.note)
@@ -90,26 +98,34 @@ def run(argv: Sequence[str]) -> int:
         },
         loggers=loggers,
         progress=sys.stderr.isatty(),
+        parallel=parallel,
     )
-    with claim_out_dir(out_dir, mode):
+    metrics = out_dir / "metrics.jsonl"
+    with contextlib.ExitStack() as held:
+        parallel.on_main(lambda: held.enter_context(claim_out_dir(out_dir, mode)))
         resumed_at = trainer.resume() if options.resume else None
-        metrics = out_dir / "metrics.jsonl"
-        loggers.append(JsonlMetrics(metrics, resume_step=resumed_at))
-        if options.tensorboard:
-            loggers.append(TensorBoardMetrics(out_dir / "tensorboard"))
+
+        def begin() -> None:
+            loggers.append(JsonlMetrics(metrics, resume_step=resumed_at))
+            if options.tensorboard:
+                loggers.append(TensorBoardMetrics(out_dir / "tensorboard"))
+
+        parallel.on_main(begin)
         for line in trainer.describe():
             print(line)
         if resumed_at is not None:
             print(f"resumed from {out_dir / 'last'} at step {resumed_at}")
         result = trainer.run()
-        try:
-            _finish(trainer, result, out_dir, metrics)
-        except OSError as error:
-            if isinstance(error, OutDirError | BrokenPipeError):
-                raise
-            raise OutDirError(
-                f"the run is saved in {out_dir}, but its picture or sample could not be written ({error.strerror})"
-            ) from error
+        parallel.close()  # what is left is process 0's alone
+        if parallel.is_main:
+            try:
+                _finish(trainer, result, out_dir, metrics)
+            except OSError as error:
+                if isinstance(error, OutDirError | BrokenPipeError):
+                    raise
+                raise OutDirError(
+                    f"the run is saved in {out_dir}, but its picture or sample could not be written ({error.strerror})"
+                ) from error
     return 128 + signal.Signals[result.stopped] if result.stopped in ("SIGINT", "SIGTERM") else 0
 
 
