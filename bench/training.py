@@ -209,7 +209,7 @@ def _ours(name: str, work: Work, device: torch.device) -> Step:
     compiled = engine == "compiled"
     if compiled:
         try:
-            choose_compile("on", device, 1)
+            choose_compile("on", device)
         except BackendUnavailableError as error:
             raise Absent(str(error)) from None
         allow_recompiles()

@@ -46,6 +46,7 @@ STAGES = [
     ["native_step"],
     ["captured", "choices"],
     ["step", "evaluation"],
+    ["compiling"],
     ["checkpoint"],
     ["faults", "reporting", "saving", "trainer", "loading"],
     ["knobs", "stopping"],

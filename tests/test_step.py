@@ -89,7 +89,7 @@ def test_state_goes_on_bit_for_bit() -> None:
 
 
 def test_compiled_equals_eager() -> None:
-    if not choose_compile("auto", torch.device("cpu"), 10**9).on:
+    if not choose_compile("auto", torch.device("cpu")).pending:
         pytest.skip("needs a C++ compiler")
     data = batches(3)
     eager, compiled = make_train_step(fresh()), make_train_step(fresh(), compile=True)
@@ -174,16 +174,27 @@ def test_auto_precision_follows_the_cpu_the_width_and_the_engine(
 
 def test_auto_compile_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu = torch.device("cpu")
-    assert not choose_compile("auto", cpu, 100).on
-    assert (
-        "earn" in choose_compile("auto", cpu, 10**9).reason or "compiler" in choose_compile("auto", cpu, 10**9).reason
-    )
+    monkeypatch.setattr("shutil.which", lambda name: f"/usr/bin/{name}")
+    assert str(choose_compile("auto", cpu)).startswith("compile auto: decided once some steps have been timed")
+    for settled, says in (
+        (choose_compile("auto", cpu, native=True), "native"),
+        (choose_compile("auto", cpu, deterministic=True), "deterministic"),
+        (choose_compile("off", cpu), "asked for"),
+        (choose_compile("auto", torch.device("mps")), "mps"),
+    ):
+        assert not settled.on
+        assert not settled.pending
+        assert says in settled.reason
+    assert str(choose_compile("on", cpu)) == "compile on: asked for"
+    with pytest.raises(ConfigError, match="compile must be auto, on or off"):
+        choose_compile("yes", cpu)  # type: ignore[arg-type]
     monkeypatch.setattr("shutil.which", lambda name: None)
-    lacking = choose_compile("auto", cpu, 10**9)
+    lacking = choose_compile("auto", cpu)
     assert not lacking.on
+    assert not lacking.pending
     assert "C++ compiler" in lacking.reason
     with pytest.raises(BackendUnavailableError, match="C\\+\\+ compiler"):
-        choose_compile("on", cpu, 1)
+        choose_compile("on", cpu)
 
 
 def test_any_module_with_logits_and_loss_trains() -> None:

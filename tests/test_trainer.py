@@ -202,7 +202,14 @@ def test_lines_that_people_parse() -> None:
 
 def test_a_choice_and_its_reason_for_each_auto() -> None:
     described = "\n".join(Trainer(MODEL, CONFIG, corpus(), log=lambda _: None).describe())
-    for word in ("precision fp32: ", "attention sdpa: ", "compile off: ", "device cpu", "vocabulary of 5"):
+    for word in (
+        "precision fp32: ",
+        "attention sdpa: ",
+        "compile ",
+        "cuda graph off: ",
+        "device cpu",
+        "vocabulary of 5",
+    ):
         assert word in described
 
 

@@ -31,12 +31,6 @@ __all__ = [
 # TFLOP/s.
 SMALL_STEP_FLOPS = 4e12
 
-# What compiling costs and gains. On two CPU cores a cold compile takes about half a minute and saves about a twentieth
-# of a 25 ms step. On a GPU, by nanoGPT's own account (its README, "efficiency notes"), it takes about a minute and
-# halves a 250 ms step; nothing of ours has been measured there yet.
-CPU_ITERATIONS_TO_EARN = 25_000
-GPU_ITERATIONS_TO_EARN = 500
-
 
 @dataclass(frozen=True, kw_only=True)
 class CompileChoice:
@@ -45,18 +39,32 @@ class CompileChoice:
     on: bool
     # one clause, for the log
     reason: str
+    # whether the run itself decides, once its steps have been timed (`compiling.AutoCompile`)
+    pending: bool = False
+
+    def __str__(self) -> str:
+        """The line of a log."""
+        return f"compile {'auto' if self.pending else 'on' if self.on else 'off'}: {self.reason}"
 
 
 def choose_compile(
-    mode: Literal["auto", "on", "off"], device: torch.device, iterations: int, *, sharded: bool = False
+    mode: Literal["auto", "on", "off"],
+    device: torch.device,
+    *,
+    native: bool = False,
+    deterministic: bool = False,
+    sharded: bool = False,
+    shared: bool = False,
 ) -> CompileChoice:
-    """Whether to compile the step of a run of `iterations` steps.
+    """Whether to compile a step.
 
     Args:
-        mode: auto weighs; on and off are served.
+        mode: on and off are served; auto leaves it to the run, which times its steps first, where that could help.
         device: where the step runs.
-        iterations: steps of the run.
+        native: whether native code takes the step unless it is compiled.
+        deterministic: whether each run must give the same bits, which a decision by the clock would not.
         sharded: whether the model's weights lie in pieces on several processes.
+        shared: whether several processes share the run.
 
     Raises:
         BackendUnavailableError: compilation was asked for by name and cannot be had; with the reason.
@@ -76,14 +84,17 @@ def choose_compile(
         if missing:
             raise BackendUnavailableError(f"compile=on cannot be served: {missing}; install it or use --compile=off")
         return CompileChoice(on=True, reason="asked for")
+    if native:
+        return CompileChoice(on=False, reason="there is nothing to gain on the native step, which is faster")
     if missing:
         return CompileChoice(on=False, reason=missing)
-    needed = GPU_ITERATIONS_TO_EARN if device.type == "cuda" else CPU_ITERATIONS_TO_EARN
-    if iterations < needed:
-        return CompileChoice(
-            on=False, reason=f"compiling pays from about {needed} steps on here, and this run has {iterations}"
-        )
-    return CompileChoice(on=True, reason=f"a run of {iterations} steps earns the compile time back")
+    if deterministic:
+        return CompileChoice(on=False, reason="deterministic=True leaves nothing to what the clock says")
+    if shared:
+        return CompileChoice(on=False, reason="each of the run's processes would time itself and decide for itself")
+    return CompileChoice(
+        on=False, pending=True, reason="decided once some steps have been timed, by whether the rest earns it back"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

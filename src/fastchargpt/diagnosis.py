@@ -16,6 +16,8 @@ from fastchargpt.finding import Finding, Status
 from fastchargpt.hardware import peak_flops
 from fastchargpt.kernels.availability import triton_problem
 from fastchargpt.machine import cpu_name, first_line, memory_bytes, nvidia_driver
+from fastchargpt.model import GPT
+from fastchargpt.native_step import native_step_problem
 from fastchargpt.parity import attention_inputs, check_attention, forward_backward
 from fastchargpt.precision import Precision, choose_device, choose_precision
 from fastchargpt.presets import PRESETS
@@ -194,7 +196,6 @@ def _judge_backend(name: str, figures: list[dict[str, Any]], refusal: Exception 
 
 def _choices(device: torch.device, precision: Precision) -> Iterator[Finding]:
     preset = "shakespeare-char" if device.type == "cuda" else "modern-char-cpu"  # as `fastchargpt train` chooses
-    iterations = PRESETS[preset].train.max_iters
     yield Finding(
         section="choices", status="ok", text=f"device {device}, preset {preset}", facts={"device": str(device)}
     )
@@ -204,11 +205,12 @@ def _choices(device: torch.device, precision: Precision) -> Iterator[Finding]:
         text=f"precision {precision.name}: {precision.reason}",
         facts={"precision": precision.name, "reason": precision.reason},
     )
-    choice = choose_compile("auto", device, iterations)
+    native = device.type == "cpu" and native_step_problem(GPT(PRESETS[preset].model)) is None
+    choice = choose_compile("auto", device, native=native)
     yield Finding(
         section="choices",
         status="ok",
-        text=f"compile {'on' if choice.on else 'off'}: {choice.reason}",
+        text=str(choice),
         facts={"compile": choice.on, "reason": choice.reason},
     )
 

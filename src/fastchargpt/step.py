@@ -1,5 +1,6 @@
 """The one optimised training step that the trainer, the benchmarks and other people's loops share."""
 
+import time
 from collections.abc import Callable, Hashable
 from typing import Any, Literal
 
@@ -32,6 +33,8 @@ class TrainStep:
         norm_names: the parameters that had a gradient.
         parallel: the processes that share the step.
         native: the native code that takes the step, or None where torch does.
+        compile_seconds: how long compiling took; None before it.
+        was_compiled: whether the state last loaded is that of a compiled step.
         captured: the CUDA graphs that take the step, or None. What the caller changes behind it (the clipping, a
             module's switches) is not seen by a graph that is there already: `captured.reset()` after such a change.
         updating: whether the optimiser is at work; still True after an error that may have left an update half done.
@@ -65,10 +68,12 @@ class TrainStep:
         self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
         names = {id(parameter): name for name, parameter in model.named_parameters()}
         self._names = [names.get(id(p), f"parameter {number}") for number, p in enumerate(self._parameters)]
-        self._device = self._parameters[0].device
+        self._device: torch.device = self._parameters[0].device
         self._device_type = self._device.type
         self._scaler = torch.amp.GradScaler(self._device_type, enabled=precision.needs_scaler)
-        self._loss = torch.compile(self._eager_loss) if compile else self._eager_loss
+        self._loss: Callable[[Tensor, Tensor], Tensor] = self._eager_loss
+        self.compile_seconds: float | None = None
+        self.was_compiled = False
         self.native = native
         self.parallel = parallel or Parallel(device=self._parameters[0].device, reason="one process")
         self._module = self.parallel.replicate(model, native=native is not None)
@@ -76,6 +81,36 @@ class TrainStep:
         self.captured = None if graphs is None else CapturedStep(graphs)
         self._rates = None if self.captured is None else DeviceRates(optimizer, self.captured.reset)
         self._rate = 0.0  # the schedule's last value
+        self.compile(compile)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the step is taken."""
+        return self._device
+
+    @property
+    def compiled(self) -> bool:
+        """Whether the forward and backward pass are compiled."""
+        return self._is_compiled
+
+    def compile(self, on: bool = True) -> None:
+        """Compile the forward and backward pass from the next step on, or stop using what was compiled."""
+        self._is_compiled = on
+        self._loss = self._compiling(torch.compile(self._eager_loss)) if on else self._eager_loss
+        if self.captured is not None:
+            self.captured.reset()
+
+    def _compiling(self, compiled: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+        """The first call, in which torch compiles both passes: it is timed, and hands over to what it compiled."""
+
+        def loss(x: Tensor, y: Tensor) -> Tensor:
+            start = time.perf_counter()
+            result = compiled(x, y)
+            self.compile_seconds = time.perf_counter() - start
+            self._loss = compiled
+            return result
+
+        return loss
 
     def _eager_loss(self, x: Tensor, y: Tensor) -> Tensor:
         with self.precision.autocast(self._device_type):
@@ -223,6 +258,7 @@ class TrainStep:
             "iteration": self.iteration,
             "optimizer": whole_state((self._rates or self.optimizer).state_dict(), keep=self.parallel.is_main),
             "scaler": self._scaler.state_dict(),
+            "compiled": self.compiled,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -239,6 +275,7 @@ class TrainStep:
                     raise ValueError(f"the optimiser's {name} is not of its parameter's shape")
         self.iteration = int(state["iteration"])
         self._scaler.load_state_dict(state["scaler"])
+        self.was_compiled = state.get("compiled") is True
 
 
 def make_train_step(

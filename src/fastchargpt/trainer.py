@@ -14,9 +14,11 @@ import torch
 from fastchargpt.attention import explain_attention
 from fastchargpt.batches import TokenBatches, place_tokens
 from fastchargpt.choices import choose_compile, choose_engine, choose_graph, choose_training_precision
+from fastchargpt.compiling import AutoCompile, CostFile, cost_key
 from fastchargpt.config import GPTConfig, TrainConfig
 from fastchargpt.corpus import Corpus
 from fastchargpt.determinism import check_deterministic, deterministic_algorithms
+from fastchargpt.downloads import cache_dir
 from fastchargpt.errors import BackendUnavailableError, FastchargptError, TrainingError
 from fastchargpt.evaluation import EVAL_TOKENS_PER_BATCH, evaluate
 from fastchargpt.faults import NumberWatch, is_out_of_memory
@@ -92,12 +94,6 @@ class Trainer:
         self.device = self.parallel.device
         if config.deterministic:
             check_deterministic(self.device, config.compile)
-        self.compile = choose_compile(
-            "off" if config.deterministic and self.device.type == "cuda" else config.compile,
-            self.device,
-            config.max_iters,
-            sharded=self.parallel.mode == "fsdp",
-        )
         torch.manual_seed(config.seed)
         self.model = GPT(model_config).to(self.device)
         self.model.set_attention(config.attention)
@@ -128,7 +124,15 @@ class Trainer:
             rank=self.parallel.rank,
             world_size=self.parallel.world_size,
         )
-        self.engine = choose_engine(config.engine, self.model, self.precision, compile=self.compile.on)
+        self.engine = choose_engine(config.engine, self.model, self.precision, compile=config.compile == "on")
+        self.compile = choose_compile(
+            config.compile,
+            self.device,
+            native=self.engine.native,
+            deterministic=config.deterministic,
+            sharded=sharded,
+            shared=self.parallel.mode != "none",
+        )
         optimizer = make_optimizer(self.model, config)
         self.graph = choose_graph(
             config.cuda_graph,
@@ -163,6 +167,17 @@ class Trainer:
         )
         self.scores = self._saves.scores
         self._numbers = NumberWatch(self.step, last_good=self._saves.last_good, log=self._reporter.line)
+        self._auto_compile = self._make_auto_compile() if self.compile.pending else None
+
+    def _make_auto_compile(self) -> AutoCompile:
+        facts = (self.batches.batch_size, self.config.gradient_accumulation_steps, self.precision.name, self.graph.on)
+        return AutoCompile(
+            self.step,
+            last=self.config.max_iters,
+            log=self._reporter.line,
+            costs=CostFile(cache_dir() / "compile.json"),
+            key=cost_key(self.model.config, self.device, *facts),
+        )
 
     @property
     def val_loss(self) -> float:
@@ -197,7 +212,7 @@ class Trainer:
             f"{config.max_iters * tokens_per_step / max(1, len(self.corpus.train)):.1f} passes over the training split",
             f"device {self.device}; precision {self.precision.name}: {self.precision.reason}",
             f"attention {attention}",
-            f"compile {'on' if self.compile.on else 'off'}: {self.compile.reason}",
+            str(self.compile),
             f"engine {'native' if self.engine.native else 'torch'}: {self.engine.reason}",
             f"cuda graph {'on' if self.graph.on else 'off'}: {self.graph.reason}",
             *([self._describe_sharing()] if self.parallel.mode != "none" else []),
@@ -257,6 +272,8 @@ class Trainer:
                 loss = self._numbers.read()  # waits for the device, so the time below is true
                 now = time.perf_counter()
                 self._report_step(loss, (now - since) / steps_timed)
+                if self._auto_compile is not None:
+                    self._auto_compile.note(steps_timed, (now - since) / steps_timed)
                 since, steps_timed = now, 0
 
     def _report_step(self, loss: float, seconds: float) -> None:
@@ -335,7 +352,10 @@ class Trainer:
         Raises:
             CheckpointError: there is none, it is damaged, or it is of another model or corpus.
         """
-        return self._saves.resume()
+        taken = self._saves.resume()
+        if self._auto_compile is not None and self.step.was_compiled:
+            self._auto_compile.resume()
+        return taken
 
     @contextlib.contextmanager
     def _faults(self) -> Iterator[None]:
