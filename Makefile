@@ -24,9 +24,10 @@ test-gpu: $(VENV)/.installed-dev  ## the tests that need a GPU
 
 KILLS  ?= 50
 INPUTS ?= 100000
-soak: $(VENV)/.installed-dev  ## the long reliability tests: KILLS kills of each of five runs, INPUTS hostile files
-	FASTCHARGPT_SOAK_KILLS=$(KILLS) FASTCHARGPT_FUZZ=$(INPUTS) \
-		$(BIN)/python -m pytest -s -q tests/test_kills.py tests/test_fuzz.py $(ARGS)
+TEXT   ?= 1000
+soak: $(VENV)/.installed-dev  ## the long reliability tests: KILLS kills of each of eight runs, INPUTS hostile files, TEXT MB
+	FASTCHARGPT_SOAK_KILLS=$(KILLS) FASTCHARGPT_FUZZ=$(INPUTS) FASTCHARGPT_SOAK_TEXT_MB=$(TEXT) \
+		$(BIN)/python -m pytest -s -q tests/test_kills.py tests/test_fuzz.py tests/test_large_text.py $(ARGS)
 
 lint: $(VENV)/.installed-dev types  ## ruff and mypy --strict
 	$(BIN)/ruff check .

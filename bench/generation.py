@@ -62,7 +62,7 @@ def entrants(errand: Errand, settings: Settings) -> dict[str, Callable[[], Conte
 
     def build(name: str) -> Contestant:
         write = _write(name, model, prompt, errand, settings)
-        side = {"fastchargpt": "ours", "uncached": "reference"}.get(name, "peer")
+        side = "peer" if name.startswith("peer-") else "reference" if name == "uncached" else "ours"
         facts = {"tokens": errand.batch * errand.tokens, "side": side}
         return Contestant(call=write, check=lambda: _judge(write(), truth()), facts=facts)
 

@@ -121,6 +121,7 @@ def _contest_table(name: str, rows: Sequence[Row]) -> Table:
         ("TFLOP/s", "flops_per_s", lambda value: f"{value / 1e12:.3g}"),
         ("GB/s of floor", "bytes_per_s", lambda value: f"{value / 1e9:.3g}"),
         ("tokens/s", "tokens_per_s", lambda value: f"{value:,.0f}"),
+        ("MB/s", "MB_per_s", lambda value: f"{value:,.0f}"),
         ("of measured peak", "roof_share", lambda value: f"{value:.0%}"),
         ("peak memory", "peak_bytes", _bytes),
         ("loss", "loss", lambda value: f"{value:.4f}"),

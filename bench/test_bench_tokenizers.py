@@ -9,29 +9,26 @@ from fastchargpt.tokenizers import BPETokenizer, ByteTokenizer, CharTokenizer, T
 
 ASCII = "The quick brown fox, jumps over the lazy dog; 0123456789!\n" * 100_000
 UNICODE = "Съешь ещё этих мягких французских булок, 中文字符 🙂\n" * 50_000
-FLOOR_MB_PER_S = 50
 
 
-def run(benchmark: Any, tokenizer: Tokenizer, text: str) -> float:
+def run(benchmark: Any, tokenizer: Tokenizer, text: str) -> None:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         benchmark.pedantic(tokenizer.encode, args=(text,), rounds=5, warmup_rounds=1)
     finally:
         torch.set_num_threads(threads)
-    speed: float = len(text.encode()) / benchmark.stats.stats.median / 1e6
-    benchmark.extra_info["MB_per_s"] = round(speed, 1)
-    return speed
+    benchmark.extra_info["MB_per_s"] = round(len(text.encode()) / benchmark.stats.stats.median / 1e6, 1)
 
 
 @pytest.mark.parametrize("text", [ASCII, UNICODE], ids=["ascii", "unicode"])
 def test_char_encode(benchmark: Any, text: str) -> None:
-    assert run(benchmark, CharTokenizer.from_text(text), text) >= FLOOR_MB_PER_S
+    run(benchmark, CharTokenizer.from_text(text), text)
 
 
 @pytest.mark.parametrize("text", [ASCII, UNICODE], ids=["ascii", "unicode"])
 def test_byte_encode(benchmark: Any, text: str) -> None:
-    assert run(benchmark, ByteTokenizer(), text) >= FLOOR_MB_PER_S
+    run(benchmark, ByteTokenizer(), text)
 
 
 def test_bpe_encode(benchmark: Any) -> None:

@@ -90,7 +90,8 @@ def save_checkpoint(folder: str | os.PathLike[str], checkpoint: Checkpoint, *, k
         if checkpoint.tokenizer_json is not None:
             (new / TOKENIZER).write_text(checkpoint.tokenizer_json, encoding="utf-8")
         if checkpoint.trainer_state is not None:
-            torch.save(checkpoint.trainer_state, new / TRAINER)
+            with (new / TRAINER).open("wb") as file:  # by Python's file, which says what is wrong with the disk
+                torch.save(checkpoint.trainer_state, file)
         content = {
             "format": FORMAT,
             "version": VERSION,
@@ -102,6 +103,7 @@ def save_checkpoint(folder: str | os.PathLike[str], checkpoint: Checkpoint, *, k
         }
         text = json.dumps({**content, "sha256": _digest(content)}, indent=2) + "\n"
         (new / CONFIG).write_text(text, encoding="utf-8")
+        shutil.copymode(new / CONFIG, new / WEIGHTS)  # safetensors makes a file that its owner alone can read
         for path in new.iterdir():
             _sync(path)
         _sync(new)
@@ -112,11 +114,11 @@ def save_checkpoint(folder: str | os.PathLike[str], checkpoint: Checkpoint, *, k
         if not keep_previous:
             shutil.rmtree(old, ignore_errors=True)
     except (OSError, RuntimeError, SafetensorError) as error:
-        # torch reports a failed write as a RuntimeError, safetensors as an error of its own
+        # torch reports a failed write as a RuntimeError beside the disk's own, safetensors as an error of its own
         shutil.rmtree(new, ignore_errors=True)
-        raise OutDirError(
-            f"the checkpoint {folder} could not be written ({_reason(error)}); the one before is untouched"
-        ) from error
+        cause = error.__context__ if isinstance(error.__context__, OSError) else error
+        before = "the one before is untouched" if folder.exists() or old.exists() else "there is none before it"
+        raise OutDirError(f"the checkpoint {folder} could not be written ({_reason(cause)}); {before}") from error
 
 
 def load_checkpoint(
