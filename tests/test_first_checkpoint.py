@@ -1,7 +1,7 @@
 """Checkpoints of the first day go on loading: data/first-checkpoint is one, written by commit b7b2bb2.
 
-It lacks what came later: the writer's name, Muon's settings, `deterministic`, the engine. That commit itself, resumed from
-it, reached the validation losses below (the data was `abcde` a hundred times).
+It lacks what came later: the writer's name, Muon's settings, `deterministic`, the engine. That commit itself, resumed
+from it, reached the validation losses below (the data was `abcde` a hundred times).
 """
 
 import shutil

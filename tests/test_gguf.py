@@ -1,6 +1,8 @@
 """GGUF: what its own readers make of our files, theirs read here, and files that lie."""
 
+import json
 import struct
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -106,22 +108,35 @@ def test_transformers_computes_our_logits(name: str, tmp_path: Path) -> None:
         assert tokenizer.encode(CASES[name][3]) == idx[0].tolist()
 
 
+def _ask(address: str, path: str, **body: Any) -> Any:
+    """What a llama.cpp server on this machine answers."""
+    request = urllib.request.Request(address + path, json.dumps(body).encode(), {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        return json.load(answer)
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_llama_cpp_runs_it(name: str, tmp_path: Path) -> None:
-    llama_cpp = peer("llama_cpp")
+    xllamacpp = peer("xllamacpp")
     path, model, idx, _ = put(name, tmp_path)
-    text, tokens = CASES[name][3].encode(), idx[0].tolist()
-    llama = llama_cpp.Llama(str(path), n_ctx=BLOCK, logits_all=True, n_threads=1, verbose=False)
-    assert llama.tokenize(text, add_bos=False, special=False) == tokens
-    assert llama.detokenize(tokens) == text
-    # nothing that a model of ours says ends its text: none, or the vertical tab that llama.cpp's gpt2 takes for it
-    assert llama.token_eos() == (-1 if "char" in name else 11)
-    llama.eval(tokens)
-    theirs = torch.from_numpy(np.array(llama.scores[: len(tokens)]))
-    ours = model(idx, idx)[0][0]
-    # its GELU is a table of half-precision numbers, and so is its key/value cache
-    torch.testing.assert_close(theirs, ours, rtol=0, atol=5e-3)
-    assert torch.equal(theirs.argmax(-1), ours.argmax(-1))
+    text, tokens = CASES[name][3], idx[0].tolist()
+    asked = xllamacpp.CommonParams()
+    asked.model.path, asked.n_ctx, asked.n_parallel, asked.port, asked.verbosity = str(path), BLOCK, 1, 0, -1
+    asked.cpuparams.n_threads, asked.warmup, asked.fit_params = 1, False, False
+    server = xllamacpp.Server(asked)
+    address = server.listening_address
+    assert _ask(address, "/tokenize", content=text, add_special=False)["tokens"] == tokens
+    assert _ask(address, "/detokenize", tokens=tokens)["content"] == text
+    ours = model(idx, idx)[0][0].log_softmax(-1)
+    for count in range(1, len(tokens) + 1):
+        # the token that it writes is chosen here, as it tells no figures of one that is half a character
+        words = {"n_predict": 1, "n_probs": 1000, "temperature": 0, "logit_bias": [[tokens[0], 1000]]}
+        said = _ask(address, "/completion", prompt=tokens[:count], **words)
+        theirs = {row["id"]: row["logprob"] for row in said["completion_probabilities"][0]["top_logprobs"]}
+        found = torch.tensor([theirs[token] for token in range(model.config.vocab_size)])
+        # its GELU is a table of half-precision numbers, and so is its key/value cache
+        torch.testing.assert_close(found, ours[count - 1], rtol=0, atol=5e-3)
+        assert found.argmax() == ours[count - 1].argmax()
 
 
 def test_without_a_vocabulary_or_biases(tmp_path: Path) -> None:
