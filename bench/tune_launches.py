@@ -53,7 +53,7 @@ class GpuRig:
         """Median seconds of each plan, on the same tensors; the operator's own host code is timed, without autograd."""
         tensors = self._tensors(place, what)
         seed = torch.zeros(1, dtype=torch.int64, device=self.device)
-        options = (seed, place.head_dim**-0.5, True, DROPOUT if place.dropout else 0.0)
+        options = (seed, place.head_dim**-0.5, True, DROPOUT if place.dropout else 0.0, None, None)
 
         def run(plan: Plan) -> object:
             with torch.no_grad(), forced(plan):

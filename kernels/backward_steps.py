@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from .philox_tile import keep_tile
-from .tiles import causal_mask, exponent, exponential, load_rows, load_tile
+from .tiles import causal_mask, exponent, exponential, load_rows, load_tile, tanh_of_scores, window_mask
 
 __all__ = ["delta_of_rows", "dkdv_of_block", "dq_of_block", "lse_of_rows"]
 
@@ -55,6 +55,8 @@ def _dq_step(
     scale,  # by which scores become exponents
     threshold,
     keep_scale,
+    window,
+    softcap,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -68,8 +70,14 @@ def _dq_step(
     k = load_tile(k_head, n, stride_kt, stride_kd, tk, BLOCK_N, HEAD_DIM, BLOCK_D, MASKED)
     v = load_tile(v_head, n, stride_vt, stride_vd, tk, BLOCK_N, HEAD_DIM, BLOCK_D, MASKED)
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
-    p = exponential(scores * scale - lse[:, None], q)
+    if softcap is None:
+        p = exponential(scores * scale - lse[:, None], q)
+    else:
+        tanh = tanh_of_scores(scores, scale, softcap, q)
+        p = exponential(tanh * exponent(softcap, q) - lse[:, None], q)
     if MASKED:
+        if window is not None:
+            p = tl.where(window_mask(start_m, n, tk - tq, window, BLOCK_M, BLOCK_N), p, 0.0)
         if CAUSAL:
             p = tl.where(causal_mask(start_m, n, tk - tq, BLOCK_M, BLOCK_N), p, 0.0)
         else:
@@ -79,6 +87,8 @@ def _dq_step(
         keep = keep_tile(seed_ptr, batch, head, start_m, n, threshold, BLOCK_M, BLOCK_N)
         dp = tl.where(keep, dp * keep_scale, 0.0)
     ds = p * (dp - delta[:, None])
+    if softcap is not None:
+        ds *= 1.0 - tanh * tanh
     return tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
 
 
@@ -103,6 +113,8 @@ def dq_of_block(
     scale,  # by which scores become exponents
     threshold,
     keep_scale,
+    window,
+    softcap,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -119,16 +131,30 @@ def dq_of_block(
     else:
         end = tk
         full = tk // BLOCK_N * BLOCK_N
-    for n in range(0, full, BLOCK_N):
+    begin = 0
+    if window is not None:  # as forward
+        first = start_m + tk - tq - window
+        begin = tl.maximum(0, first) // BLOCK_N * BLOCK_N
+        inside = tl.cdiv(tl.maximum(0, first + BLOCK_M - 1), BLOCK_N) * BLOCK_N
+        inside = tl.minimum(inside, tl.maximum(0, end))
+        for n in range(begin, inside, BLOCK_N):
+            dq = _dq_step(
+                dq, q, dout, lse, delta, k_head, v_head, seed_ptr, batch, head, start_m, n,
+                stride_kt, stride_kd, stride_vt, stride_vd, tq, tk, scale, threshold, keep_scale, window, softcap,
+                HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, CAUSAL, True, DROPOUT, PRECISION,
+            )  # fmt: skip
+        begin = inside
+        full = tl.maximum(inside, full)
+    for n in range(begin, full, BLOCK_N):
         dq = _dq_step(
             dq, q, dout, lse, delta, k_head, v_head, seed_ptr, batch, head, start_m, n,
-            stride_kt, stride_kd, stride_vt, stride_vd, tq, tk, scale, threshold, keep_scale,
+            stride_kt, stride_kd, stride_vt, stride_vd, tq, tk, scale, threshold, keep_scale, window, softcap,
             HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, CAUSAL, False, DROPOUT, PRECISION,
         )  # fmt: skip
     for n in range(full, end, BLOCK_N):
         dq = _dq_step(
             dq, q, dout, lse, delta, k_head, v_head, seed_ptr, batch, head, start_m, n,
-            stride_kt, stride_kd, stride_vt, stride_vd, tq, tk, scale, threshold, keep_scale,
+            stride_kt, stride_kd, stride_vt, stride_vd, tq, tk, scale, threshold, keep_scale, window, softcap,
             HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, CAUSAL, True, DROPOUT, PRECISION,
         )  # fmt: skip
     return dq
@@ -162,6 +188,8 @@ def _dkdv_step(
     scale,  # by which scores become exponents
     threshold,
     keep_scale,
+    window,
+    softcap,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -186,11 +214,17 @@ def _dkdv_step(
     else:
         delta = load_rows(delta_head, m, tq, 0.0, BLOCK_M)
     scores_t = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
-    p_t = exponential(scores_t * scale - lse[None, :], q)
+    if softcap is None:
+        p_t = exponential(scores_t * scale - lse[None, :], q)
+    else:
+        tanh_t = tanh_of_scores(scores_t, scale, softcap, q)
+        p_t = exponential(tanh_t * exponent(softcap, q) - lse[None, :], q)
     if MASKED:
         # key <= row + tk - tq
         last_seen = tl.arange(0, BLOCK_M) + (m + tk - tq - start_n)
         p_t = tl.where(last_seen[None, :] >= tl.arange(0, BLOCK_N)[:, None], p_t, 0.0)
+        if window is not None:
+            p_t = tl.where((last_seen - window)[None, :] <= tl.arange(0, BLOCK_N)[:, None], p_t, 0.0)
     dp_t = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
     if DROPOUT:
         keep_t = tl.trans(keep_tile(seed_ptr, batch, head, m, start_n, threshold, BLOCK_M, BLOCK_N))
@@ -200,6 +234,8 @@ def _dkdv_step(
     else:
         dv = tl.dot(p_t.to(dout.dtype), dout, dv, input_precision=PRECISION)
     ds_t = p_t * (dp_t - delta[None, :])
+    if softcap is not None:
+        ds_t *= 1.0 - tanh_t * tanh_t
     dk = tl.dot(ds_t.to(q.dtype), q, dk, input_precision=PRECISION)
     return dk, dv
 
@@ -231,6 +267,8 @@ def dkdv_of_block(
     scale,  # by which scores become exponents
     threshold,
     keep_scale,
+    window,
+    softcap,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -243,25 +281,42 @@ def dkdv_of_block(
     HAS_DLSE: tl.constexpr,
 ):
     """Add one query head's part to dk / |scale| and dv of a block of keys, [BLOCK_N, BLOCK_D]."""
+    stop = tq
+    if window is not None:
+        # The last row that sees the last key, and the end of the blocks of which every row sees the first one.
+        stop = tl.minimum(tq, tl.maximum(0, start_n + BLOCK_N - (tk - tq) + window))
+        inside = tl.minimum(stop, tl.maximum(0, start_n + 1 - (tk - tq) + window)) // BLOCK_M * BLOCK_M
     if CAUSAL:
         # From the first row that sees the first key, to the first from which on every row sees the last one.
         begin = tl.maximum(0, start_n - (tk - tq)) // BLOCK_M * BLOCK_M
         full = tl.cdiv(tl.maximum(0, start_n + BLOCK_N - 1 - (tk - tq)), BLOCK_M) * BLOCK_M
         full = tl.minimum(full, tl.cdiv(tq, BLOCK_M) * BLOCK_M)
+        if window is not None:
+            full = tl.minimum(full, tl.cdiv(stop, BLOCK_M) * BLOCK_M)
         for m in range(begin, full, BLOCK_M):
             dk, dv = _dkdv_step(
                 dk, dv, k, v, q_head, dout_head, out_head, lse_head, delta_head, dlse_head, seed_ptr, batch, head,
                 start_n, m, stride_qt, stride_qd, stride_dot, stride_dod, stride_ot, stride_od, tq, tk,
-                scale, threshold, keep_scale, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, CAUSAL, True, NEGATE, DROPOUT,
-                PRECISION, INLINE_DELTA, HAS_DLSE,
+                scale, threshold, keep_scale, window, softcap, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, CAUSAL, True,
+                NEGATE, DROPOUT, PRECISION, INLINE_DELTA, HAS_DLSE,
             )  # fmt: skip
     else:
         full = 0
-    for m in range(full, tq, BLOCK_M):
+    if window is not None:
+        last = tl.maximum(full, inside)
+        for m in range(last, stop, BLOCK_M):
+            dk, dv = _dkdv_step(
+                dk, dv, k, v, q_head, dout_head, out_head, lse_head, delta_head, dlse_head, seed_ptr, batch, head,
+                start_n, m, stride_qt, stride_qd, stride_dot, stride_dod, stride_ot, stride_od, tq, tk,
+                scale, threshold, keep_scale, window, softcap, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, CAUSAL, True,
+                NEGATE, DROPOUT, PRECISION, INLINE_DELTA, HAS_DLSE,
+            )  # fmt: skip
+        stop = last
+    for m in range(full, stop, BLOCK_M):
         dk, dv = _dkdv_step(
             dk, dv, k, v, q_head, dout_head, out_head, lse_head, delta_head, dlse_head, seed_ptr, batch, head,
             start_n, m, stride_qt, stride_qd, stride_dot, stride_dod, stride_ot, stride_od, tq, tk,
-            scale, threshold, keep_scale, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, CAUSAL, False, NEGATE, DROPOUT,
-            PRECISION, INLINE_DELTA, HAS_DLSE,
+            scale, threshold, keep_scale, window, softcap, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, CAUSAL, False,
+            NEGATE, DROPOUT, PRECISION, INLINE_DELTA, HAS_DLSE,
         )  # fmt: skip
     return dk, dv

@@ -13,8 +13,9 @@ import torch
 from torch.utils.flop_counter import register_flop_formula
 
 from ..errors import AttentionError
-from . import flash_backward, flash_decode, flash_forward, flash_short, tuning
+from . import flash_backward, flash_decode, flash_flops, flash_forward, flash_short, tuning
 from .launch import launch_arguments
+from .window import hiding, seen_keys
 
 __all__ = ["attention", "attention_packed", "describe"]
 
@@ -30,13 +31,15 @@ def attention(
     causal: bool,
     dropout_p: float = 0.0,
     seed: torch.Tensor | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """out (B, Hq, Tq, D) and lse (B, Hq, Tq) fp32, both differentiable; the arguments are those of `naive.attention`.
 
     Under autocast the inputs are cast as for SDPA. A second derivative raises AttentionError.
     """
     q, k, v = (_autocast(x) for x in (q, k, v))
-    out, lse = torch.ops.fastchargpt.attention_forward(q, k, v, seed, scale, causal, dropout_p)
+    out, lse = torch.ops.fastchargpt.attention_forward(q, k, v, seed, scale, causal, dropout_p, window, softcap)
     return out, lse
 
 
@@ -48,21 +51,30 @@ def attention_packed(
     scale: float,
     dropout_p: float = 0.0,
     seed: torch.Tensor | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
 ) -> torch.Tensor:
     """Causal attention of qkv (B, T, (n_head + 2 * n_kv_head) * D): out (B, T, n_head * D). Nothing is copied."""
     out: torch.Tensor = torch.ops.fastchargpt.attention_packed_forward(
-        _autocast(qkv), seed, n_head, n_kv_head, scale, dropout_p
+        _autocast(qkv), seed, n_head, n_kv_head, scale, dropout_p, window, softcap
     )[0]
     return out
 
 
-def describe(q: torch.Tensor, k: torch.Tensor, *, dropout_p: float) -> str:
+def describe(
+    q: torch.Tensor, k: torch.Tensor, *, dropout_p: float, window: int | None = None, softcap: float | None = None
+) -> str:
     """The kernels that would run for these shapes, in words."""
-    plan = tuning.plan(q.device, q.dtype, q.shape[-1], max(q.shape[2], k.shape[2]), dropout=dropout_p > 0.0)
-    decoding = _pieces(q, k, plan, dropout_p) > 1
+    left = hiding(window, k.shape[2])
+    plan = _plan(q, k, dropout_p, left, softcap)
+    decoding = _pieces(q, seen_keys(q, k, k, window)[0], plan, dropout_p) > 1
     backward = " and ".join(f"{c.kernel} {c.block_m}x{c.block_n}" for c in plan.backward)
     forward = "decode, split over the keys" if decoding else f"tiled {plan.forward.block_m}x{plan.forward.block_n}"
-    return f"table {tuning.arch_of(q.device)}; forward {forward}; backward {backward}, {len(plan.backward)} launch(es)"
+    text = f"table {tuning.arch_of(q.device)}; forward {forward}; backward {backward}, {len(plan.backward)} launch(es)"
+    if window is not None:
+        hidden = "blocks of keys outside it are skipped" if left is not None else "it hides none of the keys read"
+        text += f"; window {window}: {hidden}"
+    return text if softcap is None else f"{text}; scores capped at {softcap:g}"
 
 
 def _autocast(x: torch.Tensor) -> torch.Tensor:
@@ -80,6 +92,17 @@ def _processors(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
+def _plan(q: torch.Tensor, k: torch.Tensor, dropout_p: float, window: int | None, softcap: float | None) -> tuning.Plan:
+    return tuning.plan(
+        q.device,
+        q.dtype,
+        q.shape[-1],
+        max(q.shape[2], k.shape[2]),
+        dropout=dropout_p > 0.0,
+        variant=window is not None or softcap is not None,
+    )
+
+
 def _pieces(q: torch.Tensor, k: torch.Tensor, plan: tuning.Plan, dropout_p: float) -> int:
     if plan.decode is None or dropout_p > 0.0:
         return 1
@@ -95,10 +118,18 @@ def _launch_forward(
     scale: float,
     causal: bool,
     dropout_p: float,
+    window: int | None,
+    softcap: float | None,
 ) -> torch.Tensor:
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
-    plan = tuning.plan(q.device, q.dtype, q.shape[-1], max(q.shape[2], k.shape[2]), dropout=dropout_p > 0.0)
-    arguments = launch_arguments(q, k, seed, scale=scale, causal=causal, dropout_p=dropout_p)
+    if dropout_p > 0.0:
+        window = hiding(window, k.shape[2])  # its mask goes by the number of a key, so none can be cut off
+    else:
+        k, v, window = seen_keys(q, k, v, window)
+    plan = _plan(q, k, dropout_p, window, softcap)
+    arguments = launch_arguments(
+        q, k, seed, scale=scale, causal=causal, dropout_p=dropout_p, window=window, softcap=softcap
+    )
     pieces = _pieces(q, k, plan, dropout_p)
     with torch.cuda.device_of(q):
         if pieces > 1:
@@ -118,11 +149,16 @@ def _launch_backward(
     scale: float,
     causal: bool,
     dropout_p: float,
+    window: int | None,
+    softcap: float | None,
 ) -> None:
     q, k, v, out, lse = tensors
     dq, dk, dv = gradients
-    plan = tuning.plan(q.device, q.dtype, q.shape[-1], max(q.shape[2], k.shape[2]), dropout=dropout_p > 0.0)
-    arguments = launch_arguments(q, k, seed, scale=scale, causal=causal, dropout_p=dropout_p)
+    window = hiding(window, k.shape[2])  # keys before every window stay: their gradients, 0, are to be written
+    plan = _plan(q, k, dropout_p, window, softcap)
+    arguments = launch_arguments(
+        q, k, seed, scale=scale, causal=causal, dropout_p=dropout_p, window=window, softcap=softcap
+    )
     dlse = None if dlse is None else dlse.contiguous()
     with torch.cuda.device_of(q):
         if len(plan.backward) == 1:
@@ -156,9 +192,11 @@ def _forward(
     scale: float,
     causal: bool,
     dropout_p: float,
+    window: int | None,
+    softcap: float | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     out = _rows_first(q)
-    return out, _launch_forward(q, k, v, out, seed, scale, causal, dropout_p)
+    return out, _launch_forward(q, k, v, out, seed, scale, causal, dropout_p, window, softcap)
 
 
 @_forward.register_fake
@@ -179,9 +217,11 @@ def _backward(
     scale: float,
     causal: bool,
     dropout_p: float,
+    window: int | None,
+    softcap: float | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     gradients = (_rows_first(q), _rows_first(k), _rows_first(v))
-    _launch_backward(dout, dlse, (q, k, v, out, lse), gradients, seed, scale, causal, dropout_p)
+    _launch_backward(dout, dlse, (q, k, v, out, lse), gradients, seed, scale, causal, dropout_p, window, softcap)
     return gradients
 
 
@@ -194,17 +234,24 @@ def _(
 
 @torch.library.custom_op("fastchargpt::attention_packed_forward", mutates_args=())
 def _packed_forward(
-    qkv: torch.Tensor, seed: torch.Tensor | None, n_head: int, n_kv_head: int, scale: float, dropout_p: float
+    qkv: torch.Tensor,
+    seed: torch.Tensor | None,
+    n_head: int,
+    n_kv_head: int,
+    scale: float,
+    dropout_p: float,
+    window: int | None,
+    softcap: float | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     q, k, v = _unpack(qkv, n_head, n_kv_head)
     out = _rows_first(q)
-    lse = _launch_forward(q, k, v, out, seed, scale, True, dropout_p)
+    lse = _launch_forward(q, k, v, out, seed, scale, True, dropout_p, window, softcap)
     return out.transpose(1, 2).flatten(2), lse
 
 
 @_packed_forward.register_fake
 def _(
-    qkv: torch.Tensor, seed: torch.Tensor | None, n_head: int, n_kv_head: int, scale: float, dropout_p: float
+    qkv: torch.Tensor, seed: torch.Tensor | None, n_head: int, n_kv_head: int, *rest: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
     batch, time, width = qkv.shape
     out = qkv.new_empty((batch, time, width // (n_head + 2 * n_kv_head) * n_head))
@@ -223,12 +270,15 @@ def _packed_backward(
     n_kv_head: int,
     scale: float,
     dropout_p: float,
+    window: int | None,
+    softcap: float | None,
 ) -> torch.Tensor:
     dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
     q, k, v = _unpack(qkv, n_head, n_kv_head)
     by_head = [x.unflatten(2, (n_head, -1)).transpose(1, 2) for x in (out, dout)]
     gradients = _unpack(dqkv, n_head, n_kv_head)
-    _launch_backward(by_head[1], dlse, (q, k, v, by_head[0], lse), gradients, seed, scale, True, dropout_p)
+    tensors = (q, k, v, by_head[0], lse)
+    _launch_backward(by_head[1], dlse, tensors, gradients, seed, scale, True, dropout_p, window, softcap)
     return dqkv
 
 
@@ -251,7 +301,7 @@ def _differentiate(ctx: Any, dout: torch.Tensor | None, dlse: torch.Tensor | Non
     if dout is None:
         dout = torch.zeros_like(out)
     gradients = torch.ops.fastchargpt.attention_backward(dout, dlse, q, k, v, out, lse, seed, *ctx.options)
-    return (*gradients, None, None, None, None)
+    return (*gradients, *[None] * 6)
 
 
 def _packed_save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
@@ -267,7 +317,7 @@ def _packed_differentiate(
     if dout is None:
         dout = torch.zeros_like(out)
     dqkv = torch.ops.fastchargpt.attention_packed_backward(dout, dlse, qkv, out, lse, seed, *ctx.options)
-    return (dqkv, None, None, None, None, None)
+    return (dqkv, *[None] * 7)
 
 
 def _no_second_derivative(ctx: Any, *grads: Any) -> None:
@@ -281,39 +331,5 @@ _packed_forward.register_autograd(_packed_differentiate, setup_context=_packed_s
 _backward.register_autograd(_no_second_derivative)
 _packed_backward.register_autograd(_no_second_derivative)
 
-
-# -- FLOP formulas: counted as torch counts SDPA, two products forward and five backward, the causal half not left out
-
-
-@register_flop_formula(torch.ops.fastchargpt.attention_forward)
-def _forward_flops(q: torch.Size, k: torch.Size, *rest: Any, **named: Any) -> int:
-    batch, heads, tq, head_dim = q
-    return 2 * 2 * batch * heads * tq * k[2] * head_dim
-
-
-@register_flop_formula(torch.ops.fastchargpt.attention_backward)
-def _backward_flops(dout: torch.Size, dlse: torch.Size | None, q: torch.Size, k: torch.Size, *_: Any, **__: Any) -> int:
-    return 5 * _forward_flops(q, k) // 2
-
-
-@register_flop_formula(torch.ops.fastchargpt.attention_packed_forward)
-def _packed_forward_flops(qkv: torch.Size, seed: Any, n_head: int, n_kv_head: int, *_: Any, **__: Any) -> int:
-    batch, time, width = qkv
-    head_dim = width // (n_head + 2 * n_kv_head)
-    return 2 * 2 * batch * n_head * time * time * head_dim
-
-
-@register_flop_formula(torch.ops.fastchargpt.attention_packed_backward)
-def _packed_backward_flops(
-    dout: torch.Size,
-    dlse: torch.Size | None,
-    qkv: torch.Size,
-    out: torch.Size,
-    lse: torch.Size,
-    seed: torch.Size | None,
-    n_head: int,
-    n_kv_head: int,
-    *_: Any,
-    **__: Any,
-) -> int:
-    return 5 * _packed_forward_flops(qkv, seed, n_head, n_kv_head) // 2
+for _name, _formula in flash_flops.FORMULAS.items():
+    register_flop_formula(getattr(torch.ops.fastchargpt, _name))(_formula)

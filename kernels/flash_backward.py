@@ -20,7 +20,7 @@ from .tuning import Config
 __all__ = ["backward", "backward_dkdv_kernel", "backward_dq_kernel"]
 
 
-@triton.jit(do_not_specialize=["tq", "tk", "threshold"])
+@triton.jit(do_not_specialize=["tq", "tk", "threshold", "window"])
 def backward_dq_kernel(
     q_ptr,
     k_ptr,
@@ -63,6 +63,8 @@ def backward_dq_kernel(
     scale,
     threshold,
     keep_scale,
+    window,
+    softcap,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -98,14 +100,14 @@ def backward_dq_kernel(
     lse = lse_of_rows(lse_ptr + rows_before, start_m, tq, q, BLOCK_M)
     dq = dq_of_block(
         q, dout, lse, delta, k_head, v_head, seed_ptr, batch, head, start_m, stride_kt, stride_kd, stride_vt, stride_vd,
-        tq, tk, exponent(tl.abs(scale), q), threshold, keep_scale,
+        tq, tk, exponent(tl.abs(scale), q), threshold, keep_scale, window, softcap,
         HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, CAUSAL, DROPOUT, PRECISION,
     )  # fmt: skip
     dq_head = head_pointer(dq_ptr, batch, head, stride_dqb, stride_dqh)
     store_tile(dq_head, dq * scale, start_m, stride_dqt, stride_dqd, tq, BLOCK_M, HEAD_DIM, BLOCK_D)
 
 
-@triton.jit(do_not_specialize=["tq", "tk", "threshold"])
+@triton.jit(do_not_specialize=["tq", "tk", "threshold", "window"])
 def backward_dkdv_kernel(
     q_ptr,
     k_ptr,
@@ -147,6 +149,8 @@ def backward_dkdv_kernel(
     scale,
     threshold,
     keep_scale,
+    window,
+    softcap,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -176,7 +180,7 @@ def backward_dkdv_kernel(
         dk, dv = dkdv_of_block(
             dk, dv, k, v, q_head, dout_head, dout_head, lse_ptr + rows_before, delta_ptr + rows_before, lse_ptr,
             seed_ptr, batch, head, start_n, stride_qt, stride_qd, stride_dot, stride_dod, stride_dot, stride_dod,
-            tq, tk, exponent(tl.abs(scale), k), threshold, keep_scale,
+            tq, tk, exponent(tl.abs(scale), k), threshold, keep_scale, window, softcap,
             HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, CAUSAL, NEGATE, DROPOUT, PRECISION, False, False,
         )  # fmt: skip
     dk_head = head_pointer(dk_ptr, batch, kv_head, stride_dkb, stride_dkh)
@@ -222,6 +226,7 @@ def backward(
         *dout.stride(),
         *dq.stride(),
         *arguments.scalars,
+        **arguments.variant,
         **arguments.constants,
         HAS_DLSE=dlse is not None,
         **config.options,
@@ -243,6 +248,7 @@ def backward(
         *dk.stride(),
         *dv.stride(),
         *arguments.scalars,
+        **arguments.variant,
         **arguments.constants,
         **config_dkdv.options,
     )

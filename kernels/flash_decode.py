@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from .launch import LaunchArguments
-from .tiles import LN2, exponent, exponential, head_pointer, load_tile, natural
+from .tiles import LN2, exponent, exponential, head_pointer, load_tile, natural, tanh_of_scores
 from .tuning import Config
 
 __all__ = ["MAX_ROWS", "decode_merge_kernel", "decode_split_kernel", "forward", "splits"]
@@ -21,7 +21,7 @@ MAX_ROWS = 16  # queries times heads that share a key head: one tile of the leas
 PROGRAMS_PER_PROCESSOR = 2  # that the first launch aims at
 
 
-@triton.jit(do_not_specialize=["tq", "tk", "stretch", "threshold"])
+@triton.jit(do_not_specialize=["tq", "tk", "stretch", "threshold", "window"])
 def decode_split_kernel(
     q_ptr,
     k_ptr,
@@ -48,6 +48,8 @@ def decode_split_kernel(
     scale,
     threshold,
     keep_scale,
+    window,
+    softcap,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -88,8 +90,15 @@ def decode_split_kernel(
     total = tl.zeros((BLOCK_M,), dtype=tl.float32)
     for n in range(piece * stretch, tl.minimum(tk, (piece + 1) * stretch), BLOCK_N):
         k = load_tile(k_head, n, stride_kt, stride_kd, tk, BLOCK_N, HEAD_DIM, BLOCK_D, True)
-        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * to_exponent  # [BLOCK_M, BLOCK_N]
+        if softcap is None:
+            scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * to_exponent  # [BLOCK_M, BLOCK_N]
+        else:
+            scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+            scores = tanh_of_scores(scores, to_exponent, softcap, q) * exponent(softcap, q)
         scores = tl.where((last_seen - n)[:, None] >= tl.arange(0, BLOCK_N)[None, :], scores, float("-inf"))
+        if window is not None:
+            behind = (last_seen - window - n)[:, None] > tl.arange(0, BLOCK_N)[None, :]
+            scores = tl.where(behind, float("-inf"), scores)
         new_top = tl.maximum(top, tl.max(scores, 1))
         shown = tl.where(new_top == float("-inf"), 0.0, new_top)
         p = exponential(scores - shown[:, None], q)
@@ -199,6 +208,7 @@ def forward(
         *v.stride(),
         stretch,
         *arguments.scalars,
+        **arguments.variant,
         **arguments.constants,
         **config.options,
     )

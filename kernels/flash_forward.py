@@ -1,7 +1,8 @@
 """Forward: tiled causal attention with an online softmax, one launch for any sequence length.
 
 One program takes BLOCK_M queries of one head over all the keys they see: first the blocks of keys that all of them see,
-without a mask, then those on the diagonal. Source: Milakov and Gimelshein, "Online normalizer calculation for softmax"
+without a mask, then those on the diagonal. A sliding window begins further to the right, with the blocks that only some
+of them see. Source: Milakov and Gimelshein, "Online normalizer calculation for softmax"
 (2018); Dao et al., "FlashAttention" (2022).
 """
 
@@ -13,7 +14,18 @@ import triton.language as tl
 
 from .launch import LaunchArguments
 from .philox_tile import keep_tile
-from .tiles import LN2, causal_mask, exponent, exponential, head_pointer, load_tile, natural, store_tile
+from .tiles import (
+    LN2,
+    causal_mask,
+    exponent,
+    exponential,
+    head_pointer,
+    load_tile,
+    natural,
+    store_tile,
+    tanh_of_scores,
+    window_mask,
+)
 from .tuning import Config
 
 __all__ = ["attention_forward_kernel", "forward"]
@@ -40,6 +52,8 @@ def _forward_step(
     tk,
     scale,  # by which scores become exponents
     threshold,
+    window,
+    softcap,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -58,14 +72,24 @@ def _forward_step(
             seen = causal_mask(start_m, n, tk - tq, BLOCK_M, BLOCK_N)
         else:
             seen = (tl.arange(0, BLOCK_N) < tk - n)[None, :]
-        scores = tl.where(seen, scores * scale, float("-inf"))
+        if window is not None:
+            seen &= window_mask(start_m, n, tk - tq, window, BLOCK_M, BLOCK_N)
+        if softcap is None:
+            scores = tl.where(seen, scores * scale, float("-inf"))
+        else:
+            scores = tl.where(seen, tanh_of_scores(scores, scale, softcap, q) * exponent(softcap, q), float("-inf"))
         new_top = tl.maximum(top, tl.max(scores, 1))
         shown = tl.where(new_top == float("-inf"), 0.0, new_top)  # a row that has seen nothing yet
         p = exponential(scores - shown[:, None], q)
-    else:
+    elif softcap is None:
         new_top = tl.maximum(top, tl.max(scores, 1) * scale)
         shown = new_top
         p = exponential(scores * scale - new_top[:, None], q)
+    else:
+        scores = tanh_of_scores(scores, scale, softcap, q) * exponent(softcap, q)
+        new_top = tl.maximum(top, tl.max(scores, 1))
+        shown = new_top
+        p = exponential(scores - new_top[:, None], q)
     decay = exponential(top - shown, q)
     total = total * decay + tl.sum(p, 1)
     if DROPOUT:
@@ -75,7 +99,7 @@ def _forward_step(
     return acc, new_top, total
 
 
-@triton.jit(do_not_specialize=["tq", "tk", "threshold"])
+@triton.jit(do_not_specialize=["tq", "tk", "threshold", "window"])
 def attention_forward_kernel(
     q_ptr,
     k_ptr,
@@ -106,6 +130,8 @@ def attention_forward_kernel(
     scale,
     threshold,
     keep_scale,
+    window,  # keys that a query sees behind it; None, which no machine code is left of, is all
+    softcap,  # what bounds the scores, or None
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -139,16 +165,30 @@ def attention_forward_kernel(
     else:
         end = tk
         full = tk // BLOCK_N * BLOCK_N
-    for n in range(0, full, BLOCK_N):
+    begin = 0
+    if window is not None:
+        first = start_m + tk - tq - window  # key that the first row sees, and `inside` is that of the last one
+        begin = tl.maximum(0, first) // BLOCK_N * BLOCK_N
+        inside = tl.cdiv(tl.maximum(0, first + BLOCK_M - 1), BLOCK_N) * BLOCK_N
+        inside = tl.minimum(inside, tl.maximum(0, end))
+        for n in range(begin, inside, BLOCK_N):
+            acc, top, total = _forward_step(
+                acc, top, total, q, k_head, v_head, seed_ptr, batch, head, start_m, n,
+                stride_kt, stride_kd, stride_vt, stride_vd, tq, tk, to_exponent, threshold, window, softcap,
+                HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, CAUSAL, True, DROPOUT, PRECISION,
+            )  # fmt: skip
+        begin = inside
+        full = tl.maximum(inside, full)
+    for n in range(begin, full, BLOCK_N):
         acc, top, total = _forward_step(
             acc, top, total, q, k_head, v_head, seed_ptr, batch, head, start_m, n,
-            stride_kt, stride_kd, stride_vt, stride_vd, tq, tk, to_exponent, threshold,
+            stride_kt, stride_kd, stride_vt, stride_vd, tq, tk, to_exponent, threshold, window, softcap,
             HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, CAUSAL, False, DROPOUT, PRECISION,
         )  # fmt: skip
     for n in range(full, end, BLOCK_N):
         acc, top, total = _forward_step(
             acc, top, total, q, k_head, v_head, seed_ptr, batch, head, start_m, n,
-            stride_kt, stride_kd, stride_vt, stride_vd, tq, tk, to_exponent, threshold,
+            stride_kt, stride_kd, stride_vt, stride_vd, tq, tk, to_exponent, threshold, window, softcap,
             HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, CAUSAL, True, DROPOUT, PRECISION,
         )  # fmt: skip
 
@@ -187,6 +227,7 @@ def forward(
         *v.stride(),
         *out.stride(),
         *arguments.scalars,
+        **arguments.variant,
         **arguments.constants,
         **config.options,
     )

@@ -216,7 +216,7 @@ def backward_blocks_kernel(
                 head_pointer(out_ptr, batch, head, stride_ob, stride_oh),
                 lse_ptr + rows_before, lse_ptr, dlse_ptr + rows_before, seed_ptr, batch, head, start,
                 stride_qt, stride_qd, stride_dot, stride_dod, stride_ot, stride_od,
-                tq, tk, exponent(tl.abs(scale), k), threshold, keep_scale,
+                tq, tk, exponent(tl.abs(scale), k), threshold, keep_scale, None, None,
                 HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, CAUSAL, NEGATE, DROPOUT, PRECISION, True, HAS_DLSE,
             )  # fmt: skip
         dk_head = head_pointer(dk_ptr, batch, kv_head, stride_dkb, stride_dkh)
@@ -241,7 +241,7 @@ def backward_blocks_kernel(
             dq = dq_of_block(
                 q, dout, lse, delta, k_head, v_head, seed_ptr, batch, head_q, start,
                 stride_kt, stride_kd, stride_vt, stride_vd, tq, tk, exponent(tl.abs(scale), q), threshold, keep_scale,
-                HEAD_DIM, BLOCK_D, BLOCK_N, BLOCK_M, CAUSAL, DROPOUT, PRECISION,
+                None, None, HEAD_DIM, BLOCK_D, BLOCK_N, BLOCK_M, CAUSAL, DROPOUT, PRECISION,
             )  # fmt: skip
             dq_head = head_pointer(dq_ptr, batch, head_q, stride_dqb, stride_dqh)
             store_tile(dq_head, dq * scale, start, stride_dqt, stride_dqd, tq, BLOCK_N, HEAD_DIM, BLOCK_D)
@@ -261,7 +261,11 @@ def backward(
     arguments: LaunchArguments,
     config: Config,
 ) -> None:
-    """Fill dq, dk and dv (shapes of q, k, v; any strides) in one launch: `config.kernel` is "tile" or "blocks"."""
+    """Fill dq, dk and dv (shapes of q, k, v; any strides) in one launch: `config.kernel` is "tile" or "blocks".
+
+    There is neither a window nor a soft-cap here (`tuning.plan` takes two launches for them).
+    """
+    assert set(arguments.variant.values()) == {None}, "the one-launch kernels have neither window nor soft-cap"
     batch, kv_heads, tk, _ = k.shape
     tq = q.shape[2]
     flags = {**arguments.constants, "HAS_DLSE": dlse is not None, **config.options}

@@ -16,6 +16,7 @@ class LaunchArguments:
 
     seed: torch.Tensor  # (1,) int64; any tensor where there is no dropout
     scalars: tuple[int | float, ...]  # heads, group, tq, tk, scale, threshold, keep_scale
+    variant: dict[str, int | float | None]  # window, softcap
     constants: dict[str, Any]  # HEAD_DIM, BLOCK_D, CAUSAL, NEGATE, DROPOUT, PRECISION
 
 
@@ -25,9 +26,20 @@ def block_d(head_dim: int) -> int:
 
 
 def launch_arguments(
-    q: torch.Tensor, k: torch.Tensor, seed: torch.Tensor | None, *, scale: float, causal: bool, dropout_p: float
+    q: torch.Tensor,
+    k: torch.Tensor,
+    seed: torch.Tensor | None,
+    *,
+    scale: float,
+    causal: bool,
+    dropout_p: float,
+    window: int | None = None,
+    softcap: float | None = None,
 ) -> LaunchArguments:
-    """Arguments for q (B, Hq, Tq, D) against k (B, Hkv, Tk, D)."""
+    """Arguments for q (B, Hq, Tq, D) against k (B, Hkv, Tk, D).
+
+    A window or a soft-cap of None is gone once a kernel is compiled: the plain kernel is what it would be without them.
+    """
     heads, tq, head_dim = q.shape[1], q.shape[2], q.shape[3]
     dropout = dropout_p > 0.0
     assert not dropout or seed is not None, "dropout needs a seed"
@@ -43,6 +55,7 @@ def launch_arguments(
             dropout_threshold(dropout_p),
             1.0 / keep_probability(dropout_p),
         ),
+        variant={"window": window, "softcap": softcap},
         constants={
             "HEAD_DIM": head_dim,
             "BLOCK_D": block_d(head_dim),

@@ -20,15 +20,19 @@ def attention(
     causal: bool,
     dropout_p: float = 0.0,
     seed: torch.Tensor | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Softmax attention of q (B, Hq, Tq, D) over k, v (B, Hkv, Tk, D), any float dtype and strides.
 
     Causal rows are aligned bottom-right: query i sees the keys up to i + Tk - Tq. A query that sees nothing gives 0.
+    With a `window` (causal only) it sees those from i + Tk - Tq - window on. `softcap` bounds the scaled scores, as
+    softcap * tanh(score / softcap), before anything is hidden.
     `seed`, (1,) int64, is needed when `dropout_p` > 0 and chooses the same mask as the Triton kernels.
 
     Returns:
-        out (B, Hq, Tq, D) in q's dtype and the log-sum-exp of the scaled scores before dropout, (B, Hq, Tq) float32
-        (float64 for float64 inputs), -inf for a query that sees nothing. Both are differentiable.
+        out (B, Hq, Tq, D) in q's dtype and the log-sum-exp of the scaled, capped scores before dropout, (B, Hq, Tq)
+        float32 (float64 for float64 inputs), -inf for a query that sees nothing. Both are differentiable.
     """
     batch, heads, tq, head_dim = q.shape
     tk, group = k.shape[2], heads // k.shape[1]
@@ -40,8 +44,12 @@ def attention(
         k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
 
     scores = (q @ k.transpose(-2, -1)).to(accumulate) * scale  # (B, Hq, Tq - blind, Tk)
+    if softcap is not None:
+        scores = (scores / softcap).tanh() * softcap
     if causal:
         visible = torch.ones(tq - blind, tk, dtype=torch.bool, device=q.device).tril(tk - (tq - blind))
+        if window is not None:
+            visible = visible.triu(tk - (tq - blind) - window)
         scores = scores.masked_fill(~visible, float("-inf"))
     weights = scores.softmax(dim=-1)
     if dropout_p > 0.0:

@@ -70,11 +70,13 @@ class Entry:
     head_dim: int  # the largest it serves
     max_length: int | None  # the longest of Tq and Tk that it serves; None is any
     dropout: bool  # whether it was checked with dropout on
+    plain_only: bool = False  # whether a sliding window or a soft-cap does not fit the registers with these settings
 
     def to_json(self) -> dict[str, Any]:
         """A flat dictionary, as it stands in a table."""
         fields = dataclasses.asdict(self)
-        return {"kernel": fields["config"].pop("kernel"), **{k: fields[k] for k in _KEYS}, **fields["config"]}
+        plain = {"plain_only": True} if self.plain_only else {}
+        return {"kernel": fields["config"].pop("kernel"), **{k: fields[k] for k in _KEYS}, **fields["config"], **plain}
 
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> "Entry":
@@ -86,7 +88,8 @@ class Entry:
         """
         fields = dict(fields)
         keys = {key: fields.pop(key) for key in _KEYS}
-        entry = cls(config=Config(**fields), **keys)
+        plain_only = fields.pop("plain_only", False)
+        entry = cls(config=Config(**fields), **keys, plain_only=plain_only)
         entry._check()
         return entry
 
@@ -99,8 +102,9 @@ class Entry:
             raise ValueError(f"kernel must be one of {', '.join(KERNELS)}; it is {config.kernel!r}")
         if self.dtype not in ("half", "fp32"):
             raise ValueError(f"dtype must be half or fp32; it is {self.dtype!r}")
-        if type(self.dropout) is not bool:
-            raise ValueError(f"dropout must be true or false; it is {self.dropout!r}")
+        for name in ("dropout", "plain_only"):
+            if type(getattr(self, name)) is not bool:
+                raise ValueError(f"{name} must be true or false; it is {getattr(self, name)!r}")
         for name, number, least, most in (
             ("block_m", config.block_m, 16, 256),  # a tensor core takes no fewer than 16
             ("block_n", config.block_n, 16, 256),

@@ -10,7 +10,18 @@ makes the inner loop a third longer.
 import triton
 import triton.language as tl
 
-__all__ = ["causal_mask", "exponent", "exponential", "head_pointer", "load_rows", "load_tile", "natural", "store_tile"]
+__all__ = [
+    "causal_mask",
+    "exponent",
+    "exponential",
+    "head_pointer",
+    "load_rows",
+    "load_tile",
+    "natural",
+    "store_tile",
+    "tanh_of_scores",
+    "window_mask",
+]
 
 LOG2E = tl.constexpr(1.4426950408889634)  # log2(e): the hardware's exponential is in base 2
 LN2 = tl.constexpr(0.6931471805599453)
@@ -85,6 +96,13 @@ def causal_mask(first_row, first_key, shift, BLOCK_M: tl.constexpr, BLOCK_N: tl.
     return last_seen[:, None] >= tl.arange(0, BLOCK_N)[None, :]
 
 
+@triton.jit
+def window_mask(first_row, first_key, shift, window, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """True where a key is no more than `window` behind a query, [BLOCK_M, BLOCK_N]: key >= row + shift - window."""
+    first_seen = tl.arange(0, BLOCK_M) + (first_row + shift - window - first_key)
+    return first_seen[:, None] <= tl.arange(0, BLOCK_N)[None, :]
+
+
 # Exponents of 16-bit inputs are held in base 2: exp2(scores * scale - lse) is one multiply-add and one exponential.
 # Those of fp32 inputs are held in natural units and converted last: log2(e) rounded into every term would cost a bit.
 
@@ -114,3 +132,21 @@ def exponential(x, like):
         return tl.exp2(x * LOG2E)
     else:
         return tl.exp2(x)
+
+
+@triton.jit
+def tanh_of_scores(scores, scale, softcap, like):
+    """tanh(scores * scale / softcap), fp32, where `scale` makes exponents of scores and softcap is in natural units.
+
+    Times `exponent(softcap)` these are exponents between plus and minus softcap. tanh is made of the exponential that
+    every target has. What it loses near zero, where 1 is taken from 1, is less than the rounding of a 16-bit score;
+    for fp32 a polynomial takes over there (Cephes' tanhf, relative error below 1e-7).
+    """
+    ratio = scale / exponent(softcap, like)
+    tanh = 1.0 - 2.0 / (1.0 + tl.exp2(scores * (ratio * (2.0 * LOG2E))))
+    if like.dtype == tl.float32:
+        x = scores * ratio
+        z = x * x
+        tail = (((-5.70498872745e-3 * z + 2.06390887954e-2) * z - 5.37397155531e-2) * z + 1.33314422036e-1) * z
+        tanh = tl.where(z < 0.390625, x + x * z * (tail - 3.33332819422e-1), tanh)
+    return tanh

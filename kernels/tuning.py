@@ -1,8 +1,9 @@
 """Which kernel runs with which blocks, warps and stages: read from tables (tables.py), nothing measured here.
 
 An entry serves any head_dim up to its own and any sequence up to its max_length (null: any). A table that the user has
-measured on this GPU (`fastchargpt bench attention --tune`) comes before the shipped one. tuning/README.md says how the
-shipped entries were chosen, and why the one-launch kernels end where they end.
+measured on this GPU (`fastchargpt bench attention --tune`) comes before the shipped one, but for variants (a sliding
+window, a soft-cap): they were not measured, and not every setting has the registers for them ("plain_only").
+tuning/README.md says how the shipped entries were chosen, and why the one-launch kernels end where they end.
 """
 
 import contextlib
@@ -31,6 +32,7 @@ __all__ = [
     "plan",
     "plan_for",
     "save_table",
+    "serves_variants",
     "widest_head",
 ]
 
@@ -65,7 +67,7 @@ def plan(
 ) -> Plan:
     """The launches for sequences of at most `length` queries and keys on `device`.
 
-    `variant`: with what the one-launch backwards do not have, so that the backward takes two.
+    `variant`: with a sliding window or a soft-cap, which the one-launch backwards do not have.
     """
     if _forced:
         return _forced[-1]
@@ -88,7 +90,7 @@ def origin(
 
 
 def widest_head(device_type: str, index: int, dtype: torch.dtype, dropout: bool) -> int:
-    """The largest head_dim that the device's tables serve in `dtype` at every length, variants too; 0 is none."""
+    """The largest head_dim that the device's tables serve in `dtype` at every length; 0 is none."""
     if _forced:
         return 256
     device = torch.device(device_type, index)
@@ -109,8 +111,20 @@ def widest_head(device_type: str, index: int, dtype: torch.dtype, dropout: bool)
     return min(served)
 
 
-# torch.compile calls it while tracing and keeps the answer, as availability.triton_problem.
+def serves_variants(device_type: str, index: int, dtype: torch.dtype, head_dim: int, dropout: bool) -> bool:
+    """Whether the device has settings, for any length, with which a sliding window and a soft-cap spill nothing."""
+    if _forced:
+        return True
+    try:
+        _choose(arch_of(torch.device(device_type, index)), None, _kind(dtype), head_dim, NO_LIMIT, dropout, True)
+    except ConfigError:
+        return False
+    return True
+
+
+# torch.compile calls them while tracing and keeps the answers, as availability.triton_problem.
 widest_head._dynamo_marked_constant = True  # type: ignore[attr-defined]
+serves_variants._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def forget() -> None:
@@ -130,7 +144,7 @@ def _choose(
     arch: str, gpu: str | None, dtype: str, head_dim: int, length: int, dropout: bool, variant: bool
 ) -> _Choice:
     """The nearest entries that serve; `gpu` None looks at the shipped table alone."""
-    own: UserTable | None = None if gpu is None else user_table(arch, gpu)
+    own: UserTable | None = None if gpu is None or variant else user_table(arch, gpu)
     measured = own.entries if own else ()
     serving = [
         (_distance(entry, shipped), entry)
@@ -141,6 +155,9 @@ def _choose(
         and (entry.max_length is None or entry.max_length >= length)
         and entry.dropout >= dropout  # what holds dropout's registers holds the plain kernel's too
     ]
+    if variant:  # an entry for wider heads may have the very settings that spill
+        barred = {entry.config for _, entry in serving if entry.plain_only}
+        serving = [item for item in serving if item[1].config not in barred]
 
     def find(kernel: str) -> tuple[tuple[int, ...], Entry] | None:
         return min((item for item in serving if item[1].config.kernel == kernel), key=lambda i: i[0], default=None)

@@ -41,6 +41,8 @@ class Case:
     scale: float = 0.25
     causal: bool = True
     dropout_p: float = 0.0
+    window: int | None = None
+    softcap: float | None = None
     lse_gradient: bool = False
     layout: str = "contiguous"
     gradient_layout: str = "contiguous"
@@ -58,6 +60,10 @@ def random_case(seed: int) -> Case:
     tq = draw.choice((1, 2, 5, 15, 16, 17, 20, 33))
     tk = tq if draw.random() < 0.5 else draw.choice((1, 3, 16, 18, 32, 37))
     block_m, block_n = (64, 64) if plan == "tile" else draw.choice(((16, 16), (32, 16), (16, 32)))
+    causal = draw.random() < 0.7
+    # The one-launch backwards have neither a window nor a soft-cap.
+    window = draw.choice((None, None, 0, 1, 7, 16, 30)) if plan == "tiled" and causal else None
+    softcap = draw.choice((None, None, 0.7, 20.0)) if plan == "tiled" else None
     return Case(
         plan=plan,
         dtype=draw.choice(tuple(DTYPES)),
@@ -68,8 +74,10 @@ def random_case(seed: int) -> Case:
         tk=tk,
         head_dim=draw.choice((8, 16, 24, 32, 59)),
         scale=draw.choice((0.25, 0.25, 1.0, 0.0, -0.3)),
-        causal=draw.random() < 0.7,
+        causal=causal,
         dropout_p=draw.choice((0.0, 0.0, 0.0, 0.2, 0.9)),
+        window=window,
+        softcap=softcap,
         lse_gradient=draw.random() < 0.3,
         layout=draw.choice(LAYOUTS),
         gradient_layout=draw.choice(GRADIENT_LAYOUTS),
@@ -127,7 +135,8 @@ def _run(function, case: Case, tensors: tuple[torch.Tensor, ...], dtype: torch.d
     # A leaf of the same strides: what a cast to another dtype copies may be laid out as it likes.
     q, k, v = (x.detach().to(dtype).requires_grad_() for x in (q, k, v))
     seed = torch.tensor([case.seed * 7919 - 12345678901234], dtype=torch.int64) if case.dropout_p else None
-    out, lse = function(q, k, v, scale=case.scale, causal=case.causal, dropout_p=case.dropout_p, seed=seed)
+    options = {"scale": case.scale, "causal": case.causal, "window": case.window, "softcap": case.softcap}
+    out, lse = function(q, k, v, **options, dropout_p=case.dropout_p, seed=seed)
     outputs, gradients = [out], [dout.to(out.dtype)]
     if case.lse_gradient:
         outputs.append(lse)

@@ -6,6 +6,7 @@ count what the kernels do. Tensors lie in memory as the model has them: q, k and
 
 import dataclasses
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 
@@ -13,7 +14,7 @@ from fastchargpt.kernels import flash_backward, flash_decode, flash_forward, fla
 from fastchargpt.kernels.launch import launch_arguments
 from fastchargpt.kernels.tuning import Config, Entry
 
-__all__ = ["Case", "cases", "run_backward", "run_kernel"]
+__all__ = ["BOTH", "VARIED", "Case", "cases", "run_backward", "run_kernel"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,12 +30,21 @@ class Case:
     causal: bool = True
     dropout: bool = False
     tf32: bool = False  # fp32 only: whether torch's matmul precision allows it
+    window: int | None = None
+    softcap: float | None = None
+
+
+VARIED = ("forward", "decode", "dq", "dkdv")  # the kernels that have a sliding window and a soft-cap
+# In machine code it counts that they are there: which window and which cap are arguments like any other.
+BOTH: dict[str, Any] = {"window": 100, "softcap": 30.0}
 
 
 def cases(entry: Entry, table: Iterable[Entry] = (), *, thorough: bool = False) -> list[Case]:
     """What an entry has to pass: a causal launch in each precision that it serves; thoroughly, other variants too.
 
-    An entry for dropout serves the plain kernel too, unless its table has another one for that.
+    An entry for dropout serves the plain kernel too, unless its table has another one for that. Unless it is for the
+    plain kernel only, each launch is also made with a window and a soft-cap together, the most that can be asked of it;
+    thoroughly, with one alone too.
     """
     length = min(entry.max_length or 1024, 1024)
     if entry.dtype == "half":
@@ -46,6 +56,9 @@ def cases(entry: Entry, table: Iterable[Entry] = (), *, thorough: bool = False) 
     has_plain_twin = any(_place(other) == _place(plain) for other in table)
     dropouts = {False} if not entry.dropout or entry.config.kernel == "decode" else {True, has_plain_twin}
     found = [dataclasses.replace(case, dropout=dropout) for case in base for dropout in sorted(dropouts)]
+    if entry.config.kernel in VARIED and not entry.plain_only:
+        variants = [BOTH, *({name: value} for name, value in BOTH.items() if thorough)]
+        found += [dataclasses.replace(case, **variant) for case in found for variant in variants]
     if thorough:
         narrower = [{"head_dim": d} for d in (entry.head_dim - 12, entry.head_dim // 2, entry.head_dim // 4)]
         changes = ({"causal": False}, {"kv_heads": 2}, *narrower)
@@ -82,6 +95,8 @@ class _Tensors:
                 scale=case.head_dim**-0.5,
                 causal=case.causal,
                 dropout_p=0.2 if case.dropout else 0.0,
+                window=case.window,
+                softcap=case.softcap,
             )
         finally:
             torch.set_float32_matmul_precision(before)

@@ -8,7 +8,15 @@ __all__ = ["attention_by_definition", "notebook_head", "qkv_case", "worst_error"
 
 
 def attention_by_definition(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale: float, causal: bool, keep: torch.Tensor | None = None
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    scale: float,
+    causal: bool,
+    keep: torch.Tensor | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """out and lse in float64, one score at a time. `keep` (B, Hq, Tq, Tk) multiplies the weights (dropout)."""
     q, k, v = (x.detach().double() for x in (q, k, v))
@@ -19,8 +27,11 @@ def attention_by_definition(
     for b in range(batch):
         for h in range(heads):
             for i in range(tq):
-                seen = range(min(tk, max(0, i + tk - tq + 1))) if causal else range(tk)
+                place = i + tk - tq
+                seen = [j for j in range(tk) if not causal or j <= place]
+                seen = [j for j in seen if window is None or j >= place - window]
                 scores = [scale * float((q[b, h, i] * k[b, h // group, j]).sum()) for j in seen]
+                scores = [s if softcap is None else softcap * math.tanh(s / softcap) for s in scores]
                 if not scores:
                     continue
                 top = max(scores)

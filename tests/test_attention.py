@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -53,6 +54,15 @@ def test_packed_is_unpacked(backend: str, n_kv_head: int | None) -> None:
     weight = torch.randn_like(got)
     gradients = [torch.autograd.grad((x * weight).sum(), qkv, retain_graph=True)[0] for x in (got, want)]
     assert worst_error(*gradients) < 1e-5
+
+
+@pytest.mark.parametrize("options", [{"window": 2}, {"softcap": 0.5}, {"window": 0, "softcap": 3.0}], ids=str)
+def test_packed_windows_and_soft_caps(options: dict[str, Any]) -> None:
+    qkv = torch.randn(2, 7, 3 * 32)
+    q, k, v = (x.unflatten(2, (-1, 8)).transpose(1, 2) for x in qkv.split(32, dim=2))
+    want = causal_attention(q, k, v, backend="naive", **options).transpose(1, 2).flatten(2)
+    assert worst_error(want, causal_attention(q, k, v).transpose(1, 2).flatten(2)) > 0.01
+    assert worst_error(causal_attention_packed(qkv, 4, **options), want) < 1e-6
 
 
 def test_packed_on_a_cpu_returns_a_view_of_what_sdpa_wrote() -> None:
@@ -112,6 +122,13 @@ def qkv(**changes: object) -> dict[str, object]:
         (qkv(dropout_p=1.0), r"dropout_p must be in \[0, 1\); got 1.0"),
         (qkv(dropout_p=-0.1), "dropout_p"),
         (qkv(scale=float("nan")), "scale must be a finite number"),
+        (qkv(window=-1), "window must be a whole number of keys, 0 or more, or None for no window; got -1"),
+        (qkv(window=2.0), "window must be a whole number.*got 2.0"),
+        (qkv(window=True), "window must be a whole number.*got True"),
+        (qkv(window=2, causal=False), "needs causal=True; got window=2, causal=False"),
+        (qkv(softcap=0.0), "softcap must be a finite number above 0, or None for no soft-cap; got 0.0"),
+        (qkv(softcap=-1.0), "softcap must be.*got -1.0"),
+        (qkv(softcap=float("inf")), "softcap must be.*got inf"),
         (qkv(backend="trition"), "did you mean 'triton'"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -142,6 +159,8 @@ def test_a_backend_asked_for_by_name_serves_or_says_why_not() -> None:
     q, k, v = qkv_case()
     with pytest.raises(BackendUnavailableError, match="log-sum-exp"):
         causal_attention(q, k, v, backend="sdpa", return_lse=True)
+    with pytest.raises(BackendUnavailableError, match="'sdpa' has no soft-cap of the scores"):
+        causal_attention(q, k, v, backend="sdpa", softcap=2.0)
     with pytest.raises(BackendUnavailableError, match="float64"):
         causal_attention(q.double(), k.double(), v.double(), backend="triton")
     wide = torch.randn(1, 1, 2, 512)
@@ -162,14 +181,22 @@ class _OnGpu:
 
 
 @pytest.mark.parametrize(
-    ("problem", "return_lse", "expected"),
-    [(None, False, "triton"), (None, True, "triton"), ("no", False, "sdpa"), ("no", True, "naive")],
+    ("problem", "return_lse", "softcap", "expected"),
+    [
+        (None, False, None, "triton"),
+        (None, True, None, "triton"),
+        (None, False, 2.0, "triton"),
+        ("no", False, None, "sdpa"),
+        ("no", True, None, "naive"),
+        ("no", False, 2.0, "naive"),
+    ],
 )
 def test_auto_takes_triton_on_a_gpu_that_it_serves(
-    monkeypatch: pytest.MonkeyPatch, problem: str | None, return_lse: bool, expected: str
+    monkeypatch: pytest.MonkeyPatch, problem: str | None, return_lse: bool, softcap: float | None, expected: str
 ) -> None:
     monkeypatch.setattr(attention, "triton_problem", lambda *_: problem)
     monkeypatch.setattr(attention, "widest_head", lambda *_: 64)
+    monkeypatch.setattr(attention, "serves_variants", lambda *_: True)
     x = _OnGpu()
     name, reason = choose_backend(
         x,
@@ -179,6 +206,7 @@ def test_auto_takes_triton_on_a_gpu_that_it_serves(
         dropout_p=0.0,
         return_lse=return_lse,
         backend="auto",  # type: ignore[arg-type]
+        softcap=softcap,
     )
     assert name == expected
     assert reason
@@ -199,6 +227,7 @@ def test_what_the_kernels_do_not_serve_goes_to_sdpa_with_the_reason(
 ) -> None:
     monkeypatch.setattr(attention, "triton_problem", lambda *_: None)
     monkeypatch.setattr(attention, "widest_head", lambda *_: 64)
+    monkeypatch.setattr(attention, "serves_variants", lambda *_: True)
     x = _OnGpu()
     x.dtype, x.shape = dtype, (1, 1, 8, head_dim)
     asked = {"causal": True, "dropout_p": 0.0, "return_lse": False}
@@ -242,14 +271,21 @@ def test_explain_says_which_and_why() -> None:
     assert explain_attention(q, k, v).startswith("sdpa: the tensors are not on a CUDA")
     assert explain_attention(q, k, v, return_lse=True).startswith("naive: the log-sum-exp is asked for")
     assert explain_attention(q, k, v, backend="naive") == "naive: it was asked for by name"
+    assert explain_attention(q, k, v, softcap=2.0).startswith(
+        "naive: a soft-cap is asked for, which SDPA does not have"
+    )
+    assert explain_attention(q, k, v, window=2).endswith("(the window of 2 as a mask of Tq x Tk)")
+    assert "mask" not in explain_attention(q, k, v, window=4)  # five keys: it hides none of them
+    assert "mask" not in explain_attention(q[:, :, :1], k, v, window=2)  # decoding: the keys are cut
 
 
 @pytest.mark.parametrize("backend", ON_CPU)
-def test_compiles_without_a_graph_break(backend: str) -> None:
+@pytest.mark.parametrize("window", [None, 2])
+def test_compiles_without_a_graph_break(backend: str, window: int | None) -> None:
     q, k, v = qkv_case(requires_grad=True)
     compiled = torch.compile(causal_attention, fullgraph=True, backend="aot_eager")
-    out = compiled(q, k, v, backend=backend)
-    assert worst_error(out, causal_attention(q, k, v, backend=backend)) < 1e-6
+    out = compiled(q, k, v, backend=backend, window=window)
+    assert worst_error(out, causal_attention(q, k, v, backend=backend, window=window)) < 1e-6
     out.sum().backward()
 
 

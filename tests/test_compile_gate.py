@@ -6,6 +6,7 @@ all other entries the verdict recorded in bench/results/gate.csv counts, as long
 are the same; whatever has no record is compiled too. FASTCHARGPT_GATE=full compiles everything.
 """
 
+import dataclasses
 import functools
 import os
 
@@ -13,7 +14,7 @@ import pytest
 import torch
 from aot import TARGETS
 from gate import judge, launches_of
-from gate_report import RECORD, everything, key_of, read_record
+from gate_report import RECORD, everything, key_of, read_record, variant_of
 from launches import cases
 from make_tables import SHIPPED, choose
 
@@ -30,6 +31,7 @@ def name_of(item):
     kind = (
         str(case.dtype).removeprefix("torch.") + ("-tf32" if case.tf32 else "") + ("-dropout" if case.dropout else "")
     )
+    kind += "".join(f"-{word}" for word in variant_of(case).split())
     length = entry.max_length or "any"
     return f"{target}-{config.kernel}-{config.block_m}x{config.block_n}-d{entry.head_dim}-t{length}-{kind}"
 
@@ -42,7 +44,7 @@ def record():
 def is_fresh(target, entry, case):
     """Whether this is compiled on every run: of the dropout variants the one that needs more registers."""
     hardest = case.dropout == any(other.dropout for other in cases(entry))
-    usual = entry.dtype == "half" and entry.head_dim == 64 and target in FRESH_TARGETS
+    usual = entry.dtype == "half" and entry.head_dim == 64 and target in FRESH_TARGETS and not variant_of(case)
     return FULL or (usual and hardest)
 
 
@@ -91,14 +93,22 @@ def test_cases_cover_what_an_entry_serves():
         config = Config(kernel, 64, 64, 4, 2)
         return Entry(config=config, dtype=dtype, head_dim=64, max_length=None, dropout=dropout)
 
+    def plain(*arguments, **options):
+        return [case for case in cases(*arguments, **options) if not variant_of(case)]
+
     half = entry("half")
-    assert [(case.dtype, case.dropout) for case in cases(half)] == [(torch.bfloat16, False), (torch.bfloat16, True)]
-    assert [case.dropout for case in cases(half, (half, entry("half", dropout=False)))] == [True]
-    assert [case.dropout for case in cases(entry("half", kernel="decode"))] == [False]
-    assert [(case.tf32, case.dropout) for case in cases(entry("fp32", dropout=False))] == [
+    assert [(case.dtype, case.dropout) for case in plain(half)] == [(torch.bfloat16, False), (torch.bfloat16, True)]
+    assert [case.dropout for case in plain(half, (half, entry("half", dropout=False)))] == [True]
+    assert [case.dropout for case in plain(entry("half", kernel="decode"))] == [False]
+    assert [(case.tf32, case.dropout) for case in plain(entry("fp32", dropout=False))] == [
         (False, False),
         (True, False),
     ]
+    for thorough, variants in ((False, ["", "window softcap"]), (True, ["", "softcap", "window", "window softcap"])):
+        found = {(case.dropout, variant_of(case)) for case in cases(half, thorough=thorough)}
+        assert sorted(found) == [(dropout, variant) for dropout in (False, True) for variant in variants]
+    for unvaried in (dataclasses.replace(half, plain_only=True), entry("half", kernel="tile")):
+        assert cases(unvaried) == plain(unvaried)
     thorough = cases(half, thorough=True)
     assert {case.dtype for case in thorough} == {torch.bfloat16, torch.float16}
     assert any(not case.causal for case in thorough)

@@ -1,12 +1,14 @@
 """The same oracle on real hardware, and races: one shape many times, bit for bit the same."""
 
+from typing import Any
+
 import pytest
 import torch
 from oracles import worst_error
 
 from fastchargpt.attention import causal_attention, causal_attention_packed, explain_attention
 from fastchargpt.kernels import naive
-from fastchargpt.kernels.tuning import widest_head
+from fastchargpt.kernels.tuning import serves_variants, widest_head
 
 pytestmark = [
     pytest.mark.gpu,
@@ -38,8 +40,22 @@ def gradients(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dout: torch.Ten
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_kernels_on_a_gpu(shape: tuple[int, ...], dtype: torch.dtype, causal: bool, dropout_p: float) -> None:
+    judge(shape, dtype, causal=causal, dropout_p=dropout_p)
+
+
+@pytest.mark.parametrize("variant", [{"window": 70}, {"softcap": 3.0}, {"window": 200, "softcap": 30.0}], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_windows_and_soft_caps_on_a_gpu(shape: tuple[int, ...], dtype: torch.dtype, variant: dict[str, Any]) -> None:
+    judge(shape, dtype, causal=True, dropout_p=0.0, **variant)
+
+
+def judge(shape: tuple[int, ...], dtype: torch.dtype, *, causal: bool, dropout_p: float, **variant: Any) -> None:
+    """Within twice the error of plain PyTorch in the same precision."""
     batch, heads, kv_heads, tq, tk, head_dim = shape
     widest = widest_head("cuda", 0, dtype, dropout_p > 0.0)
+    if variant and not serves_variants("cuda", 0, dtype, head_dim, dropout_p > 0.0):
+        pytest.skip("this GPU's launch table has no settings for a window or a soft-cap here, and auto goes elsewhere")
     if head_dim > widest:
         pytest.skip(f"this GPU's launch table ends at head_dim {widest} in {dtype}, and auto takes SDPA beyond")
     torch.manual_seed(0)
@@ -49,7 +65,8 @@ def test_kernels_on_a_gpu(shape: tuple[int, ...], dtype: torch.dtype, causal: bo
     results = []
     for backend, precision in (("triton", dtype), ("naive", torch.float64), ("naive", dtype)):
         torch.manual_seed(1)  # the same dropout mask for all three
-        results.append(gradients(q, k, v, dout, precision, causal=causal, dropout_p=dropout_p, backend=backend))
+        options = {"causal": causal, "dropout_p": dropout_p, "backend": backend, **variant}
+        results.append(gradients(q, k, v, dout, precision, **options))
     largest = max(float(x.detach().nan_to_num(posinf=0.0, neginf=0.0).abs().max()) for x in results[1])
     rounding = (torch.finfo(dtype).eps + 1e-6) * largest
     for got, want, plain in zip(*results, strict=True):

@@ -296,8 +296,10 @@ def test_pitfall_25_operators_are_registered_in_full() -> None:
     seed = torch.tensor([5])
     with strict_interpreter(poison=False), forced(plan_of("blocks")), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # opcheck's own
-        torch.library.opcheck(torch.ops.fastchargpt.attention_forward, (q, k, v, seed, 0.3, True, 0.2))
-        torch.library.opcheck(torch.ops.fastchargpt.attention_packed_forward, (packed, None, 1, 1, 0.3, 0.0))
+        torch.library.opcheck(torch.ops.fastchargpt.attention_forward, (q, k, v, seed, 0.3, True, 0.2, None, None))
+        torch.library.opcheck(
+            torch.ops.fastchargpt.attention_packed_forward, (packed, None, 1, 1, 0.3, 0.0, None, None)
+        )
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -306,7 +308,7 @@ def test_pitfall_25_fake_strides_are_the_real_ones(packed: bool) -> None:
 
     q, k, v = qkv_case(batch=2, heads=4, kv_heads=2, tq=5, head_dim=20)
     tensors = (torch.randn(2, 5, 8 * 20),) if packed else (q, k, v)
-    options = (None, 4, 2, 0.3, 0.0) if packed else (None, 0.3, True, 0.0)
+    options = (None, 4, 2, 0.3, 0.0, 2, 9.0) if packed else (None, 0.3, True, 0.0, 2, 9.0)
     name = "attention_packed_forward" if packed else "attention_forward"
     forward = getattr(torch.ops.fastchargpt, name)
     backward = getattr(torch.ops.fastchargpt, name.replace("forward", "backward"))

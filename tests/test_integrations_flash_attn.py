@@ -19,7 +19,14 @@ def tensor(*shape: int, seed: int = 0) -> Tensor:
 
 
 def definition(
-    q: Tensor, k: Tensor, v: Tensor, *, causal: bool, window: tuple[int, int] = (-1, -1), scale: float | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool,
+    window: tuple[int, int] = (-1, -1),
+    scale: float | None = None,
+    softcap: float = 0.0,
 ) -> Tensor:
     """flash-attn's own words: query i sees keys i + Tk - Tq - left to i + Tk - Tq + right; no key gives 0."""
     (batch, tq, heads, width), (tk, kv_heads) = q.shape, k.shape[1:3]
@@ -34,7 +41,9 @@ def definition(
                 seen = [j for j in range(tk) if place - left <= j <= place + right]
                 if seen:
                     kept_k, kept_v = (x[b, seen, h // (heads // kv_heads)] for x in (k, v))
-                    out[b, i, h] = (scale * kept_k @ q[b, i, h]).softmax(0) @ kept_v
+                    scores = scale * kept_k @ q[b, i, h]
+                    scores = softcap * (scores / softcap).tanh() if softcap else scores
+                    out[b, i, h] = scores.softmax(0) @ kept_v
     return out
 
 
@@ -46,6 +55,57 @@ def test_func(tq: int, tk: int, kv_heads: int, causal: bool, window: tuple[int, 
     expected = definition(q, k, v, causal=causal, window=window, scale=0.3)
     found = flash_attn_func(q, k, v, softmax_scale=0.3, causal=causal, window_size=window)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("window", [(-1, -1), (-1, 0), (2, 0), (2, 1)])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(("tq", "tk", "kv_heads"), [(6, 6, 4), (3, 7, 2), (7, 4, 1), (1, 5, 2)])
+def test_a_soft_cap_under_every_kind_of_mask(
+    tq: int, tk: int, kv_heads: int, causal: bool, window: tuple[int, int]
+) -> None:
+    inputs = [tensor(2, t, h, 8, seed=s) for t, h, s in ((tq, 4, 1), (tk, kv_heads, 2), (tk, kv_heads, 3))]
+    inputs = [x.requires_grad_() for x in inputs]
+    options = {"causal": causal, "softcap": 0.7}
+    results = []
+    for out in (
+        flash_attn_func(*inputs, **options, window_size=window),
+        definition(*inputs, **options, window=window),
+    ):
+        results.append((out, *torch.autograd.grad(out.square().sum(), inputs)))
+    torch.testing.assert_close(results[0], results[1], rtol=0, atol=1e-12)
+
+
+def test_packed_and_cached_soft_caps() -> None:
+    qkv = tensor(2, 5, 3, 2, 8)
+    expected = definition(*qkv.unbind(2), causal=True, window=(2, -1), softcap=0.7)
+    found = flash_attn_qkvpacked_func(qkv, causal=True, window_size=(2, -1), softcap=0.7)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    k_cache, v_cache, q = tensor(2, 6, 2, 8), tensor(2, 6, 2, 8, seed=1), tensor(2, 2, 2, 8, seed=2)
+    for held in ([6, 6], [5, 2]):
+        seqlens = torch.tensor(held, dtype=torch.int32)
+        found = flash_attn_with_kvcache(q, k_cache, v_cache, cache_seqlens=seqlens, causal=True, softcap=0.7)
+        for row, end in enumerate(held):
+            seen = slice(row, row + 1), slice(0, end)
+            expected = definition(q[row : row + 1], k_cache[seen], v_cache[seen], causal=True, softcap=0.7)
+            torch.testing.assert_close(found[row : row + 1], expected, rtol=0, atol=1e-12)
+
+
+def test_a_window_to_the_left_and_a_soft_cap_reach_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    import fastchargpt.integrations.flash_attn as module
+
+    calls: list[dict[str, Any]] = []
+
+    def record(name: str) -> None:
+        original = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *a, **k: (calls.append(k), original(*a, **k))[1])
+
+    record("causal_attention")
+    record("causal_attention_packed")
+    q = tensor(1, 6, 2, 8)
+    flash_attn_func(q, q, q, causal=True, window_size=(2, -1), softcap=0.7)
+    flash_attn_qkvpacked_func(tensor(1, 6, 3, 2, 8), causal=True, window_size=(2, 2), softcap=0.7)
+    flash_attn_with_kvcache(q[:, :1], q, q, causal=False, window_size=(2, -1), softcap=0.7)
+    assert [(call["window"], call["softcap"]) for call in calls] == [(2, 0.7)] * 3
 
 
 @pytest.mark.parametrize("window", [(-1, -1), (2, 0)])
@@ -160,10 +220,11 @@ q, cache = tensor(2, 2, 2, 8), tensor(2, 6, 2, 8)
 @pytest.mark.parametrize(
     ("call", "sentence"),
     [
-        (lambda: flash_attn_func(q, q, q, softcap=30.0), "softcap is not served"),
+        (lambda: flash_attn_func(q, q, q, softcap=-30.0), "softcap must be a finite number above 0"),
+        (lambda: flash_attn_func(q, q, q, softcap=-30.0, window_size=(0, 1)), "softcap must be a finite number"),
         (lambda: flash_attn_func(q, q, q, alibi_slopes=torch.ones(2)), "alibi_slopes is not served"),
         (lambda: flash_attn_func(q, q, q, return_attn_probs=True), "return_attn_probs is not served"),
-        (lambda: flash_attn_qkvpacked_func(tensor(1, 2, 3, 2, 8), softcap=1.0), "softcap is not served"),
+        (lambda: flash_attn_qkvpacked_func(tensor(1, 2, 3, 2, 8), alibi_slopes=q), "alibi_slopes is not served"),
         (lambda: flash_attn_qkvpacked_func(tensor(1, 2, 2, 2, 8)), r"must be \(B, T, 3, H, D\)"),
         (lambda: flash_attn_func(q[0], q, q), r"q must be \(B, T, H, D\)"),
         (lambda: flash_attn_func(q, q, q, window_size=(-2, 0)), "window_size must be two whole numbers"),
@@ -182,7 +243,6 @@ q, cache = tensor(2, 2, 2, 8), tensor(2, 6, 2, 8)
                 "cache_batch_idx": torch.zeros(2),
                 "cache_leftpad": torch.zeros(2),
                 "block_table": q,
-                "softcap": 1.0,
                 "alibi_slopes": q,
                 "num_splits": 4,
                 "return_softmax_lse": True,

@@ -1,5 +1,7 @@
 """The naive backend against the definition, one score at a time, and against the notebook's printed numbers."""
 
+from typing import Any
+
 import pytest
 import torch
 from oracles import attention_by_definition, notebook_head, qkv_case, worst_error
@@ -30,8 +32,23 @@ def test_naive_is_the_definition(shape: tuple[int, ...], scale: float, causal: b
     assert worst_error(lse, want_lse) < 1e-14
 
 
+@pytest.mark.parametrize("window", [None, 0, 2, 50])
+@pytest.mark.parametrize("softcap", [None, 0.5, 30.0])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_windows_and_soft_caps_are_the_definition(
+    shape: tuple[int, ...], window: int | None, softcap: float | None
+) -> None:
+    heads, kv_heads, tq, tk, head_dim = shape
+    q, k, v = qkv_case(heads=heads, kv_heads=kv_heads, tq=tq, tk=tk, head_dim=head_dim, dtype=torch.float64)
+    out, lse = naive.attention(q, k, v, scale=0.7, causal=True, window=window, softcap=softcap)
+    want_out, want_lse = attention_by_definition(q, k, v, scale=0.7, causal=True, window=window, softcap=softcap)
+    assert worst_error(out, want_out) < 1e-14
+    assert worst_error(lse, want_lse) < 1e-14
+
+
+@pytest.mark.parametrize("options", [{}, {"window": 1, "softcap": 0.8}], ids=["plain", "window-softcap"])
 @pytest.mark.parametrize("shape", [(4, 2, 4, 6, 3), (2, 1, 6, 4, 3)], ids=str)
-def test_naive_gradients_are_those_of_finite_differences(shape: tuple[int, ...]) -> None:
+def test_naive_gradients_are_those_of_finite_differences(shape: tuple[int, ...], options: dict[str, Any]) -> None:
     heads, kv_heads, tq, tk, head_dim = shape
     q, k, v = qkv_case(
         heads=heads,
@@ -46,7 +63,7 @@ def test_naive_gradients_are_those_of_finite_differences(shape: tuple[int, ...])
     seed = torch.tensor([7])
 
     def run(*qkv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        out, lse = naive.attention(*qkv, scale=0.5, causal=True, dropout_p=0.25, seed=seed)
+        out, lse = naive.attention(*qkv, scale=0.5, causal=True, dropout_p=0.25, seed=seed, **options)
         return out, lse[:, :, max(0, tq - tk) :]
 
     assert torch.autograd.gradcheck(run, (q, k, v))

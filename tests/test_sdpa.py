@@ -21,17 +21,17 @@ SHAPES = [
 ]
 
 
-@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(("causal", "window"), [(True, None), (False, None), (True, 0), (True, 3), (True, 17)], ids=str)
 @pytest.mark.parametrize("scale", [0.3, 0.0, -0.5])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_sdpa_is_naive(shape: tuple[int, ...], scale: float, causal: bool) -> None:
+def test_sdpa_is_naive(shape: tuple[int, ...], scale: float, causal: bool, window: int | None) -> None:
     heads, kv_heads, tq, tk, head_dim = shape
     qkv, reference = (
         qkv_case(heads=heads, kv_heads=kv_heads, tq=tq, tk=tk, head_dim=head_dim, dtype=dtype, requires_grad=True)
         for dtype in (torch.float32, torch.float64)
     )
-    out = sdpa.attention(*qkv, scale=scale, causal=causal)
-    want, _ = naive.attention(*(x.double() for x in reference), scale=scale, causal=causal)
+    out = sdpa.attention(*qkv, scale=scale, causal=causal, window=window)
+    want, _ = naive.attention(*(x.double() for x in reference), scale=scale, causal=causal, window=window)
     assert worst_error(out, want) < 1e-5
     weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
     grads = torch.autograd.grad((out * weight).sum(), qkv)
@@ -68,11 +68,13 @@ class _Calls(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_decoding_is_one_fused_operator_and_builds_no_mask() -> None:
+@pytest.mark.parametrize("window", [None, 7])
+def test_decoding_is_one_fused_operator_and_builds_no_mask(window: int | None) -> None:
     q, k, v = qkv_case(heads=4, tq=1, tk=33)
     with _Calls() as calls:
-        sdpa.attention(q, k, v, scale=0.3, causal=True)
-    assert calls.names == ["_scaled_dot_product_flash_attention_for_cpu.default"]
+        sdpa.attention(q, k, v, scale=0.3, causal=True, window=window)
+    views = {"slice.Tensor"}
+    assert [x for x in calls.names if x not in views] == ["_scaled_dot_product_flash_attention_for_cpu.default"]
 
 
 @pytest.mark.parametrize(("tq", "tk"), [(8, 8), (8, 6), (6, 8)])

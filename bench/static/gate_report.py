@@ -30,8 +30,9 @@ from work_counter import WorkCounter  # noqa: E402
 
 from fastchargpt.kernels.tuning import Config, Entry, known_archs, load_table  # noqa: E402
 
-__all__ = ["RECORD", "Row", "everything", "key_of", "read_record", "to_markdown"]
+__all__ = ["RECORD", "Row", "everything", "key_of", "read_record", "to_markdown", "variant_of"]
 
+SHOWN = ("target", "kernel", "dtype", "head_dim", "max_length", "dropout", "variant", "verdict")  # while it runs
 RECORD = HERE.parent / "results" / "gate.csv"
 COUNTED_LENGTH = 256  # sequence for which products and bytes are counted, where the entry serves it
 
@@ -46,6 +47,7 @@ class Row(NamedTuple):
     head_dim: int
     max_length: str
     dropout: bool
+    variant: str  # "window", "softcap", both, or neither
     block_m: int
     block_n: int
     warps: int
@@ -65,6 +67,11 @@ class Row(NamedTuple):
     bytes_per_head: int  # each address once
     bytes_lower_bound: int
     verdict: str
+
+
+def variant_of(case: Case) -> str:
+    """What a case has besides plain attention, in words."""
+    return " ".join(name for name in ("window", "softcap") if getattr(case, name) is not None)
 
 
 def key_of(config: Config, case: Case, target: str) -> str:
@@ -136,6 +143,7 @@ def judge_entry(arguments: tuple[str, Entry, Case]) -> Row:
         head_dim=case.head_dim,
         max_length=str(entry.max_length or "any"),
         dropout=case.dropout,
+        variant=variant_of(case),
         block_m=config.block_m,
         block_n=config.block_n,
         warps=config.num_warps,
@@ -191,7 +199,7 @@ def main() -> int:
     with multiprocessing.get_context("spawn").Pool(arguments.jobs) as pool:
         for row in pool.imap(judge_entry, todo):
             rows.append(row)
-            print(row.target, row.kernel, row.dtype, row.head_dim, row.max_length, row.dropout, row.verdict, flush=True)
+            print(*(getattr(row, name) for name in SHOWN), flush=True)
             if not arguments.thorough:
                 write_record(kept + rows)  # each time: a run that is broken off need not start again
     failed = [row for row in rows if row.verdict != "ok"]

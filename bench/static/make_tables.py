@@ -10,6 +10,7 @@ fewer bytes, 4 warps repeat no tensor-core work, and two stages hide loads where
 """
 
 import argparse
+import dataclasses
 import itertools
 import sys
 from collections.abc import Iterable, Iterator
@@ -21,7 +22,7 @@ sys.path[:0] = [str(HERE), str(ROOT / "tests")]  # run as a script: the gate's e
 
 from aot import TARGETS  # noqa: E402
 from gate import judge  # noqa: E402
-from launches import cases  # noqa: E402
+from launches import Case, cases  # noqa: E402
 
 from fastchargpt.kernels.tuning import Config, Entry, save_table  # noqa: E402
 
@@ -99,6 +100,10 @@ def slots(dtypes: Iterable[str], head_dims: Iterable[int]) -> Iterator[tuple[str
                 yield "tile", dtype, head_dim, length
 
 
+def _passes(config: Config, wanted: list[Case], target: str) -> bool:
+    return not any(judgement.problems for case in wanted for judgement in judge(config, case, target))
+
+
 def choose(target: str, kernel: str, dtype: str, head_dim: int, max_length: int | None) -> Iterator[Entry]:
     """The first candidate that passes, preferably with dropout; where that costs a better one, that one too."""
     plain: Entry | None = None
@@ -108,8 +113,10 @@ def choose(target: str, kernel: str, dtype: str, head_dim: int, max_length: int 
         for dropout in (False, True) if kernel != "decode" else (False,):
             entry = Entry(config=config, dropout=dropout, **keys)
             wanted = [case for case in cases(entry) if case.dropout == dropout]
-            if any(judgement.problems for case in wanted for judgement in judge(config, case, target)):
+            varied = [case for case in wanted if case.window is not None or case.softcap is not None]
+            if not _passes(config, [case for case in wanted if case not in varied], target):
                 break
+            entry = dataclasses.replace(entry, plain_only=not _passes(config, varied, target))
             plain = plain or entry
             if dropout:
                 if plain.config != config:

@@ -12,7 +12,8 @@ from .errors import AttentionError, BackendUnavailableError, nearest
 from .kernels import naive, sdpa
 from .kernels.availability import triton_problem
 from .kernels.philox import draw_seed
-from .kernels.tuning import origin, widest_head
+from .kernels.tuning import origin, serves_variants, widest_head
+from .kernels.window import hiding
 
 __all__ = [
     "BACKENDS",
@@ -37,6 +38,8 @@ def causal_attention(
     scale: float | None = ...,
     causal: bool = ...,
     dropout_p: float = ...,
+    window: int | None = ...,
+    softcap: float | None = ...,
     backend: str = ...,
     return_lse: Literal[False] = ...,
 ) -> torch.Tensor: ...
@@ -49,6 +52,8 @@ def causal_attention(
     scale: float | None = ...,
     causal: bool = ...,
     dropout_p: float = ...,
+    window: int | None = ...,
+    softcap: float | None = ...,
     backend: str = ...,
     return_lse: Literal[True],
 ) -> tuple[torch.Tensor, torch.Tensor]: ...
@@ -60,6 +65,8 @@ def causal_attention(
     scale: float | None = None,
     causal: bool = True,
     dropout_p: float = 0.0,
+    window: int | None = None,
+    softcap: float | None = None,
     backend: str = "auto",
     return_lse: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
@@ -72,6 +79,9 @@ def causal_attention(
         scale: what the scores are multiplied by; None is D**-0.5. Zero and negative values are honoured.
         causal: False lets every query see every key.
         dropout_p: the probability, in [0, 1), of dropping a weight; the others are divided by 1 - dropout_p.
+        window: how many keys before its own a query sees (flash-attn's left window); None is all of them. Triton skips
+            what no query of a block sees, SDPA takes a mask of Tq x Tk. With causal=True only.
+        softcap: what bounds the scaled scores, as softcap * tanh(score / softcap); None leaves them as they are.
         backend: "auto" (`explain_attention` says which it takes), "triton", "sdpa" or "naive".
         return_lse: also return the log-sum-exp of each query's scaled scores.
 
@@ -84,17 +94,30 @@ def causal_attention(
         BackendUnavailableError: a backend asked for by name that cannot serve.
     """
     _check(q, k, v, scale, dropout_p)
-    name = choose_backend(q, k, v, causal=causal, dropout_p=dropout_p, return_lse=return_lse, backend=backend)[0]
+    window, softcap = _check_variant(causal, window, softcap)
+    name = choose_backend(
+        q,
+        k,
+        v,
+        causal=causal,
+        dropout_p=dropout_p,
+        return_lse=return_lse,
+        backend=backend,
+        window=window,
+        softcap=softcap,
+    )[0]
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     if name == "sdpa":
-        return sdpa.attention(q, k, v, scale=scale, causal=causal, dropout_p=dropout_p)
-    seed = draw_seed(q.device) if dropout_p > 0.0 else None
-    if name == "naive":
-        out, lse = naive.attention(q, k, v, scale=scale, causal=causal, dropout_p=dropout_p, seed=seed)
-    else:
+        return sdpa.attention(q, k, v, scale=scale, causal=causal, dropout_p=dropout_p, window=window)
+    attend = naive.attention
+    if name == "triton":
         from .kernels import flash
 
-        out, lse = flash.attention(q, k, v, scale=scale, causal=causal, dropout_p=dropout_p, seed=seed)
+        attend = flash.attention
+    seed = draw_seed(q.device) if dropout_p > 0.0 else None
+    out, lse = attend(
+        q, k, v, scale=scale, causal=causal, dropout_p=dropout_p, seed=seed, window=window, softcap=softcap
+    )
     return (out, lse) if return_lse else out
 
 
@@ -105,6 +128,8 @@ def causal_attention_packed(
     n_kv_head: int | None = None,
     scale: float | None = None,
     dropout_p: float = 0.0,
+    window: int | None = None,
+    softcap: float | None = None,
     backend: str = "auto",
 ) -> torch.Tensor:
     """Causal attention straight from the projection: reads qkv in place and returns what the next projection takes.
@@ -114,7 +139,7 @@ def causal_attention_packed(
             the values have fewer heads: (B, T, (n_head + 2 * n_kv_head) * D).
         n_head: query heads, Hq.
         n_kv_head: key and value heads, a divisor of n_head; None is n_head.
-        scale, dropout_p, backend: as in `causal_attention`.
+        scale, dropout_p, window, softcap, backend: as in `causal_attention`.
 
     Returns:
         (B, T, C) in qkv's dtype. Neither direction copies qkv on Triton, where the backward writes one packed
@@ -125,17 +150,24 @@ def causal_attention_packed(
     """
     q, k, v = _unpack(qkv, n_head, n_head if n_kv_head is None else n_kv_head)
     _check(q, k, v, scale, dropout_p)
-    name = choose_backend(q, k, v, causal=True, dropout_p=dropout_p, return_lse=False, backend=backend)[0]
+    window, softcap = _check_variant(True, window, softcap)
+    name = choose_backend(
+        q, k, v, causal=True, dropout_p=dropout_p, return_lse=False, backend=backend, window=window, softcap=softcap
+    )[0]
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     if name == "sdpa":
-        out = sdpa.attention(q, k, v, scale=scale, causal=True, dropout_p=dropout_p)
+        out = sdpa.attention(q, k, v, scale=scale, causal=True, dropout_p=dropout_p, window=window)
     else:
         seed = draw_seed(qkv.device) if dropout_p > 0.0 else None
         if name == "triton":
             from .kernels import flash
 
-            return flash.attention_packed(qkv, n_head, k.shape[1], scale=scale, dropout_p=dropout_p, seed=seed)
-        out = naive.attention(q, k, v, scale=scale, causal=True, dropout_p=dropout_p, seed=seed)[0]
+            return flash.attention_packed(
+                qkv, n_head, k.shape[1], scale=scale, dropout_p=dropout_p, seed=seed, window=window, softcap=softcap
+            )
+        out, _ = naive.attention(
+            q, k, v, scale=scale, causal=True, dropout_p=dropout_p, seed=seed, window=window, softcap=softcap
+        )
     return out.transpose(1, 2).flatten(2)
 
 
@@ -147,6 +179,8 @@ def explain_attention(
     scale: float | None = None,
     causal: bool = True,
     dropout_p: float = 0.0,
+    window: int | None = None,
+    softcap: float | None = None,
     backend: str = "auto",
     return_lse: bool = False,
 ) -> str:
@@ -155,14 +189,27 @@ def explain_attention(
     Raises what `causal_attention` would raise; computes nothing.
     """
     _check(q, k, v, scale, dropout_p)
-    name, reason = choose_backend(q, k, v, causal=causal, dropout_p=dropout_p, return_lse=return_lse, backend=backend)
+    window, softcap = _check_variant(causal, window, softcap)
+    name, reason = choose_backend(
+        q,
+        k,
+        v,
+        causal=causal,
+        dropout_p=dropout_p,
+        return_lse=return_lse,
+        backend=backend,
+        window=window,
+        softcap=softcap,
+    )
     detail = ""
     if name == "triton":
         from .kernels import flash
 
-        length = max(q.shape[2], k.shape[2])
-        settings = origin(q.device, q.dtype, q.shape[-1], length, dropout=dropout_p > 0.0)
-        detail = f" ({flash.describe(q, k, dropout_p=dropout_p)}; {settings})"
+        length, variant = max(q.shape[2], k.shape[2]), hiding(window, k.shape[2]) is not None or softcap is not None
+        settings = origin(q.device, q.dtype, q.shape[-1], length, dropout=dropout_p > 0.0, variant=variant)
+        detail = f" ({flash.describe(q, k, dropout_p=dropout_p, window=window, softcap=softcap)}; {settings})"
+    elif name == "sdpa" and hiding(window, k.shape[2]) is not None and q.shape[2] > 1:
+        detail = f" (the window of {window} as a mask of Tq x Tk)"
     return f"{name}: {reason}{detail}"
 
 
@@ -175,6 +222,8 @@ def choose_backend(
     dropout_p: float,
     return_lse: bool,
     backend: str,
+    window: int | None = None,
+    softcap: float | None = None,
 ) -> tuple[str, str]:
     """The backend that serves these (checked) arguments, "triton", "sdpa" or "naive", and the reason.
 
@@ -182,18 +231,19 @@ def choose_backend(
         AttentionError: `backend` is not a name in `BACKENDS`.
         BackendUnavailableError: `backend` names one that cannot serve.
     """
+    variant = hiding(window, k.shape[2]) is not None or softcap is not None
     if backend == "auto":
         if q.numel() == 0 or k.numel() == 0:
             return "naive", "nothing is to be computed for an empty batch or sequence"
+        beyond = "the log-sum-exp is asked for, which SDPA does not return" if return_lse else ""
+        beyond = beyond or ("a soft-cap is asked for, which SDPA does not have" if softcap is not None else "")
         if q.is_cuda:
-            problem = _triton_refusal(q, dropout_p)
+            problem = _triton_refusal(q, dropout_p, variant)
             if problem is None:
                 return "triton", "the tensors are on a GPU that the Triton kernels serve"
-            if return_lse:
-                return "naive", f"the log-sum-exp is asked for, which SDPA does not return, and {problem}"
-            return "sdpa", problem
-        if return_lse:
-            return "naive", "the log-sum-exp is asked for, which SDPA does not return, and Triton serves GPUs only"
+            return ("naive", f"{beyond}, and {problem}") if beyond else ("sdpa", problem)
+        if beyond:
+            return "naive", f"{beyond}, and Triton serves GPUs only"
         return "sdpa", "the tensors are not on a CUDA or ROCm GPU, where alone the Triton kernels are the faster ones"
     if backend == "naive":
         return "naive", "it was asked for by name"
@@ -202,17 +252,21 @@ def choose_backend(
             raise BackendUnavailableError(
                 "backend 'sdpa' does not return the log-sum-exp (return_lse=True): use backend 'triton' or 'naive'"
             )
+        if softcap is not None:
+            raise BackendUnavailableError(
+                f"backend 'sdpa' has no soft-cap of the scores (softcap={softcap}): use backend 'triton' or 'naive'"
+            )
         return ("naive" if q.numel() == 0 or k.numel() == 0 else "sdpa"), "it was asked for by name"
     if backend == "triton":
-        problem = _triton_refusal(q, dropout_p)
+        problem = _triton_refusal(q, dropout_p, variant)
         if problem is not None:
             raise BackendUnavailableError(f"backend 'triton' cannot serve: {problem}; use backend 'auto' or 'sdpa'")
         return ("naive" if q.numel() == 0 or k.numel() == 0 else "triton"), "it was asked for by name"
     raise AttentionError(f"backend must be one of {', '.join(BACKENDS)}; got {backend!r}{nearest(backend, BACKENDS)}")
 
 
-def _triton_refusal(q: torch.Tensor, dropout_p: float) -> str | None:
-    """Why the Triton kernels cannot serve a query like q, or None when they can."""
+def _triton_refusal(q: torch.Tensor, dropout_p: float, variant: bool) -> str | None:
+    """Why the Triton kernels cannot serve a query like q (`variant`: a window or a soft-cap), or None when they can."""
     dtype, head_dim = q.dtype, q.shape[-1]
     if torch.is_autocast_enabled(q.device.type):
         dtype = torch.get_autocast_dtype(q.device.type)
@@ -224,6 +278,11 @@ def _triton_refusal(q: torch.Tensor, dropout_p: float) -> str | None:
     problem = triton_problem(*device)
     if problem is None and head_dim > widest_head(*device, dtype, dropout_p > 0.0):
         return f"the launch table of this GPU has no {dtype} kernels without spills for a head_dim of {head_dim}"
+    if problem is None and variant and not serves_variants(*device, dtype, head_dim, dropout_p > 0.0):
+        return (
+            f"the launch table of this GPU has no {dtype} kernels with a window or a soft-cap and without spills "
+            f"for a head_dim of {head_dim}"
+        )
     return problem
 
 
@@ -246,6 +305,24 @@ def _unpack(qkv: torch.Tensor, n_head: int, n_kv_head: int) -> tuple[torch.Tenso
         k.view(batch, time, n_kv_head, head_dim).transpose(1, 2),
         v.view(batch, time, n_kv_head, head_dim).transpose(1, 2),
     )
+
+
+def _check_variant(causal: bool, window: int | None, softcap: float | None) -> tuple[int | None, float | None]:
+    """The window and the soft-cap; raise AttentionError for those that mean nothing."""
+    if window is not None:
+        if isinstance(window, bool) or not isinstance(window, int | torch.SymInt) or window < 0:
+            raise AttentionError(
+                f"window must be a whole number of keys, 0 or more, or None for no window; got {window!r}"
+            )
+        if not causal:
+            raise AttentionError(
+                f"window counts the keys before a query's own and needs causal=True; got window={window}, causal=False"
+            )
+    if softcap is not None:
+        if not (math.isfinite(softcap) and softcap > 0.0):
+            raise AttentionError(f"softcap must be a finite number above 0, or None for no soft-cap; got {softcap}")
+        softcap = float(softcap)
+    return window, softcap
 
 
 def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None, dropout_p: float) -> None:

@@ -5,18 +5,18 @@
 Tensors are (B, T, H, D), as there; here they may be of any float dtype and on any device. The names, the order and the
 defaults of the arguments are those of flash-attn 2; an argument that is not served is refused by name, never ignored.
 
-Causal attention over the whole context runs on `fastchargpt.causal_attention`. A sliding window, and a cache whose rows
-have different lengths, run on torch's SDPA with a mask of Tq x Tk.
+Causal attention runs on `fastchargpt.causal_attention`, with a window to the left and a soft-cap where they are asked
+for. A window to the right, and a cache whose rows have different lengths, run under a mask of Tq x Tk.
 """
 
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from fastchargpt.attention import causal_attention, causal_attention_packed, explain_attention
 from fastchargpt.errors import AttentionError
+from fastchargpt.integrations.masked import masked_attention
 
 __all__ = ["flash_attn_func", "flash_attn_qkvpacked_func", "flash_attn_with_kvcache"]
 
@@ -46,15 +46,16 @@ def flash_attn_func(
         softmax_scale: what the scores are multiplied by; None is D**-0.5.
         causal: whether a query sees no key after its own place.
         window_size: keys that a query sees to its left and to its right; -1 is no limit.
+        softcap: what bounds the scaled scores, as softcap * tanh(score / softcap); 0 leaves them as they are.
         deterministic: refused where the backward pass would not be (SDPA on a GPU).
-        softcap, alibi_slopes, return_attn_probs: only at their defaults.
+        alibi_slopes, return_attn_probs: only at their defaults.
 
     Raises:
         AttentionError: an argument that is not served, or a shape, dtype or range that is wrong.
     """
-    _refuse(softcap=softcap != 0.0, alibi_slopes=alibi_slopes is not None, return_attn_probs=return_attn_probs)
+    _refuse(alibi_slopes=alibi_slopes is not None, return_attn_probs=return_attn_probs)
     q_BHTD, k_BHTD, v_BHTD = (_heads_first(x, name) for x, name in ((q, "q"), (k, "k"), (v, "v")))
-    out = _attend(q_BHTD, k_BHTD, v_BHTD, dropout_p, softmax_scale, causal, window_size, deterministic)
+    out = _attend(q_BHTD, k_BHTD, v_BHTD, dropout_p, softmax_scale, causal, window_size, softcap, deterministic)
     return out.transpose(1, 2)
 
 
@@ -71,21 +72,26 @@ def flash_attn_qkvpacked_func(
 ) -> Tensor:
     """Attention of packed queries, keys and values: qkv (B, T, 3, H, D), out (B, T, H, D).
 
-    Causal attention over the whole context reads qkv in place. Arguments and errors as in `flash_attn_func`.
+    Causal attention, with a window to the left or without, reads qkv in place. Arguments and errors as in
+    `flash_attn_func`.
     """
-    _refuse(softcap=softcap != 0.0, alibi_slopes=alibi_slopes is not None, return_attn_probs=return_attn_probs)
+    _refuse(alibi_slopes=alibi_slopes is not None, return_attn_probs=return_attn_probs)
     if qkv.dim() != 5 or qkv.shape[2] != 3:
         raise AttentionError(f"qkv must be (B, T, 3, H, D); got shape {tuple(qkv.shape)}")
-    if (
-        not deterministic
-        and qkv.is_contiguous()
-        and _mask_kind(qkv.shape[1], qkv.shape[1], causal, window_size) == "causal"
-    ):
+    kind = _mask_kind(qkv.shape[1], qkv.shape[1], causal, window_size)
+    if not deterministic and qkv.is_contiguous() and kind in ("causal", "window"):
         heads = qkv.shape[3]
-        packed = causal_attention_packed(qkv.flatten(2), heads, scale=softmax_scale, dropout_p=dropout_p)
+        packed = causal_attention_packed(
+            qkv.flatten(2),
+            heads,
+            scale=softmax_scale,
+            dropout_p=dropout_p,
+            window=window_size[0] if kind == "window" else None,
+            softcap=_cap(softcap),
+        )
         return packed.view(*packed.shape[:2], heads, -1)
     q, k, v = (qkv[:, :, i].transpose(1, 2) for i in range(3))
-    return _attend(q, k, v, dropout_p, softmax_scale, causal, window_size, deterministic).transpose(1, 2)
+    return _attend(q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, deterministic).transpose(1, 2)
 
 
 def flash_attn_with_kvcache(
@@ -117,11 +123,11 @@ def flash_attn_with_kvcache(
         k, v: new keys and values, both or neither.
         cache_seqlens: keys that the cache holds before the call: a number, or (B,) integers (read on the host). None is
             the whole cache, and needs k to be None.
-        softmax_scale, causal, window_size: as in `flash_attn_func`.
+        softmax_scale, causal, window_size, softcap: as in `flash_attn_func`.
         num_splits: 0 or 1; the keys of a query are never split.
         rotary_interleaved: has no effect, since the rotary tables are not served.
-        rotary_cos, rotary_sin, cache_batch_idx, cache_leftpad, block_table, softcap, alibi_slopes,
-        return_softmax_lse: only at their defaults.
+        rotary_cos, rotary_sin, cache_batch_idx, cache_leftpad, block_table, alibi_slopes, return_softmax_lse: only at
+            their defaults.
 
     Raises:
         AttentionError: an argument that is not served, a full cache, or a shape, dtype or range that is wrong.
@@ -132,7 +138,6 @@ def flash_attn_with_kvcache(
         cache_batch_idx=cache_batch_idx is not None,
         cache_leftpad=cache_leftpad is not None,
         block_table=block_table is not None,
-        softcap=softcap != 0.0,
         alibi_slopes=alibi_slopes is not None,
         num_splits=num_splits not in (0, 1),
         return_softmax_lse=return_softmax_lse,
@@ -148,13 +153,15 @@ def flash_attn_with_kvcache(
     end = max(held, default=0)
     q_BHTD, k_BHSD, v_BHSD = q.transpose(1, 2), k_cache[:, :end].transpose(1, 2), v_cache[:, :end].transpose(1, 2)
     if len(set(held)) <= 1:
-        return _attend(q_BHTD, k_BHSD, v_BHSD, 0.0, softmax_scale, causal, window_size, False).transpose(1, 2)
-    explain_attention(q_BHTD, k_BHSD, v_BHSD, scale=softmax_scale)  # every check of shapes, dtypes and ranges
+        return _attend(q_BHTD, k_BHSD, v_BHSD, 0.0, softmax_scale, causal, window_size, softcap, False).transpose(1, 2)
+    # every check of shapes, dtypes and ranges
+    explain_attention(q_BHTD, k_BHSD, v_BHSD, scale=softmax_scale, softcap=_cap(softcap))
     rows = torch.tensor(held, device=q.device).view(-1, 1, 1, 1)
     visible = _band(q.shape[1], end, rows, *_limits(causal, window_size), q.device) & (
         torch.arange(end, device=q.device) < rows
     )
-    return _masked(q_BHTD, k_BHSD, v_BHSD, visible, 0.0, softmax_scale).transpose(1, 2)
+    out = masked_attention(q_BHTD, k_BHSD, v_BHSD, visible, scale=softmax_scale, softcap=_cap(softcap))
+    return out.transpose(1, 2)
 
 
 def _refuse(**given: bool) -> None:
@@ -169,6 +176,10 @@ def _heads_first(x: Tensor, name: str) -> Tensor:
     return x.transpose(1, 2)
 
 
+def _cap(softcap: float) -> float | None:
+    return None if softcap == 0.0 else softcap
+
+
 def _limits(causal: bool, window_size: Window) -> Window:
     """Keys visible to the left and to the right of a query's own place; -1 is no limit."""
     if len(window_size) != 2 or any(not isinstance(size, int) or size < -1 for size in window_size):
@@ -178,11 +189,12 @@ def _limits(causal: bool, window_size: Window) -> Window:
 
 
 def _mask_kind(tq: int, tk: int, causal: bool, window_size: Window) -> str:
-    """What the limits amount to for tq queries and tk keys: "none", "causal" or "band"."""
+    """What the limits amount to for tq queries and tk keys: "none", "causal", "window" (causal, and a left limit) or
+    "band" (any other)."""
     left, right = _limits(causal, window_size)
     # query i stands at key i + tk - tq, so no key is more than tk - 1 to the left of one or tq - 1 to the right
     if left != -1 and left < tk - 1:
-        return "band"
+        return "window" if right == 0 or tq == 1 else "band"  # one query stands at the last key
     if right == -1 or right >= tq - 1:
         return "none"
     return "causal" if right == 0 else "band"
@@ -196,20 +208,23 @@ def _attend(
     scale: float | None,
     causal: bool,
     window_size: Window,
+    softcap: float,
     deterministic: bool,
 ) -> Tensor:
     """Attention of q (B, Hq, Tq, D) over k and v (B, Hkv, Tk, D): (B, Hq, Tq, D)."""
-    reason = explain_attention(q, k, v, scale=scale, dropout_p=dropout_p)  # every check of shapes, dtypes and ranges
+    explain_attention(q, k, v, scale=scale, dropout_p=dropout_p)  # every check of shapes, dtypes and ranges
     tq, tk = q.shape[2], k.shape[2]
     kind = _mask_kind(tq, tk, causal, window_size)
     left, right = _limits(causal, window_size)
-    if kind == "band" and tq == 1:  # decoding: the window is a slice
-        k, v, kind = k[:, :, tk - 1 - left :], v[:, :, tk - 1 - left :], "none"
+    options: dict[str, Any] = {"scale": scale, "dropout_p": dropout_p, "softcap": _cap(softcap)}
+    unmasked = options | {"causal": kind != "none", "window": left if kind == "window" else None}
+    reason = explain_attention(q, k, v, **unmasked)
     if deterministic and q.is_cuda and (kind == "band" or reason.startswith("sdpa")):
         raise AttentionError(f"deterministic=True is not served where attention runs on SDPA on a GPU ({reason})")
     if kind != "band" or q.numel() == 0 or k.numel() == 0:
-        return causal_attention(q, k, v, scale=scale, causal=kind != "none", dropout_p=dropout_p)
-    return _masked(q, k, v, _band(tq, tk, tk, left, right, q.device), dropout_p, scale)
+        out: Tensor = causal_attention(q, k, v, **unmasked)
+        return out
+    return masked_attention(q, k, v, _band(tq, tk, tk, left, right, q.device), **options)
 
 
 def _band(tq: int, tk: int, end: int | Tensor, left: int, right: int, device: torch.device) -> Tensor:
@@ -222,14 +237,6 @@ def _band(tq: int, tk: int, end: int | Tensor, left: int, right: int, device: to
     if right != -1:
         visible &= offset <= right
     return visible
-
-
-def _masked(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, dropout_p: float, scale: float | None) -> Tensor:
-    out = F.scaled_dot_product_attention(
-        q, k, v, attn_mask=visible, dropout_p=dropout_p, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
-    )
-    # a query without a key gives 0 by definition, whatever the kernel beneath makes of an empty softmax
-    return out.masked_fill(~visible.any(-1, keepdim=True), 0.0)
 
 
 def _lengths(cache_seqlens: int | Tensor | None, cache: Tensor, *, needed: bool) -> list[int]:

@@ -4,24 +4,23 @@
     register()
     model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="fastchargpt")
 
-Causal attention without padding runs on `fastchargpt.causal_attention`. Where transformers hands over a mask (padding,
-a sliding window, a static cache), torch's SDPA runs with that mask.
+Causal attention without padding runs on `fastchargpt.causal_attention`, with the model's soft-cap and sliding window.
+Where transformers hands over a mask (padding, more keys than a sliding window shows, a static cache), attention runs
+under that mask, which has the window in it: on torch's SDPA, or with the scores written out where they are capped.
 """
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from fastchargpt.attention import causal_attention
 from fastchargpt.errors import AttentionError, BackendUnavailableError
+from fastchargpt.integrations.masked import masked_attention
 
 __all__ = ["attention", "register"]
 
 # keywords that change the result and that we do not serve; others are information for other implementations
 REFUSED = {
-    "softcap": "a bound on the scores",
     "s_aux": "attention sinks",
     "position_bias": "a bias on the scores",
     "head_mask": "a mask on the heads",
@@ -60,6 +59,8 @@ def attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     is_causal: bool | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention as transformers calls it.
@@ -72,6 +73,8 @@ def attention(
         scaling: what the scores are multiplied by; None is D**-0.5.
         dropout: probability of dropping a weight; transformers gives 0 in evaluation.
         is_causal: overrides the module's.
+        sliding_window: how many keys a query of a causal layer sees, its own among them; a mask has it in it already.
+        softcap: what bounds the scaled scores, as softcap * tanh(score / softcap).
         kwargs: what transformers passes to every implementation; those that we would have to serve are refused.
 
     Returns:
@@ -90,20 +93,15 @@ def attention(
             "fastchargpt's attention returns no weights (output_attentions): use attn_implementation='eager'"
         )
     if attention_mask is not None:
-        return _masked(query, key, value, attention_mask, scaling, dropout).transpose(1, 2).contiguous(), None
+        out = masked_attention(query, key, value, attention_mask, scale=scaling, dropout_p=dropout, softcap=softcap)
+        return out.transpose(1, 2).contiguous(), None
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     length = query.shape[2]
     if causal and length > 1:
         # no mask with more keys than queries is the first pass into a static cache: the rest of it is still empty
         key, value = key[:, :, :length], value[:, :, :length]
-    out = causal_attention(query, key, value, scale=scaling, causal=causal, dropout_p=dropout)
+    window = None if sliding_window is None or not causal else sliding_window - 1
+    out = causal_attention(
+        query, key, value, scale=scaling, causal=causal, dropout_p=dropout, window=window, softcap=softcap
+    )
     return out.transpose(1, 2).contiguous(), None
-
-
-def _masked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float | None, dropout: float) -> Tensor:
-    if q.shape[1] != k.shape[1]:  # SDPA's own grouping leaves its fast kernels where there is a mask
-        group = q.shape[1] // k.shape[1]
-        k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
-    if mask.dtype != torch.bool:
-        mask = mask.to(q.dtype)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=scale)
