@@ -77,5 +77,8 @@ def write(
     tables = [race_table(corpus, runs) for corpus, runs in races.items()]
     tables += [ingredients_table(corpus, worths) for corpus, worths in ingredients.items() if worths]
     where = f"{machine.get('device')}, {machine.get('threads')} threads, torch {machine.get('torch')}"
-    page.write_text("\n\n".join([f"Measured on {where}.", *tables]) + "\n", encoding="utf-8")
+    about = f"Measured on {where}. Whole processes, imports and evaluation included."
+    if "compile_seconds" in machine:
+        about += f" Compiling the native step, once at installation, takes {machine['compile_seconds']:.1f} s more."
+    page.write_text("\n\n".join([about, *tables]) + "\n", encoding="utf-8")
     return [path, page]

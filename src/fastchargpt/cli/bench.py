@@ -122,13 +122,18 @@ def _speedrun(words: Sequence[str]) -> int:
         raise ConfigError("--rounds and --seeds must not be negative")
     from fastchargpt.bench.ingredients import leave_one_out
     from fastchargpt.bench.settings import describe_run, settings_from
-    from fastchargpt.bench.speedrun import entrants, get_corpus, time_to_loss
+    from fastchargpt.bench.speedrun import check_corpus, compile_seconds, entrants, get_corpus, time_to_loss
     from fastchargpt.bench.speedrun_report import ingredients_table, race_table, write
 
+    names = list(dict.fromkeys(options.corpora or ["shakespeare"]))
+    for name in names:
+        check_corpus(name)
     settings = settings_from(device="cpu", quick=False, peers=options.peer)
     machine = describe_run(settings)
+    with tempfile.TemporaryDirectory() as place:
+        machine["compile_seconds"] = compile_seconds(Path(place))
     races, ingredients = {}, {}
-    for name in dict.fromkeys(options.corpora or ["shakespeare"]):
+    for name in names:
         with tempfile.TemporaryDirectory() as place:
             corpus, data = get_corpus(name, Path(place))
             contestants = entrants(data, corpus, settings.peers.get("nanogpt"), Path(place))
