@@ -1,180 +1,15 @@
-// One decoding step of a small GPT on a CPU, for every layer, in one call.
+// Decoding steps of a small GPT on a CPU, for every layer, in one call.
 //
 // At one token a step is bound by reading the weights once, so what matters is: packed weights in large pages, read as
 // streams; one pass over the layers without leaving native code; and threads that wait by spinning, because a layer takes
 // less time than waking a thread. Built and called by cpu_decode.py; nothing here depends on torch.
 //
-// Each output is one accumulator that runs over the inputs in order, whatever the number of tokens M in the call. So a
-// token's logits are the same, bit for bit, alone and in a batch: speculative decoding below relies on it.
-//
 // Legend: M tokens in a call, C channels, H query heads, G key/value heads, D channels per head, S window (block_size),
 // R slots of the cache (at least S), V vocabulary.
 
-#include "cpu_common.h"
+#include "cpu_decode_linear.h"
 
 namespace {
-
-constexpr int PANEL = 16;  // outputs whose weights lie side by side
-
-// A linear layer: weights in panels, in fp32 [N / PANEL][K][PANEL] and, where asked for, in int8 with a scale per output,
-// [N / PANEL][K / 2][PANEL][2]: two inputs side by side, because processors multiply and add 16-bit numbers in pairs.
-struct Linear {
-    int n = 0, k = 0, panels = 0;
-    float* w = nullptr;
-    int8_t* q = nullptr;
-    std::vector<float> scale, bias;  // padded to whole panels
-
-    static size_t count(int n, int k) { return size_t((n + PANEL - 1) / PANEL) * PANEL * ((k + 1) / 2 * 2); }
-
-    void pack(const float* weight, const float* b, int rows, int cols, Arena* wide, Arena* narrow) {
-        n = rows; k = cols; panels = (n + PANEL - 1) / PANEL;
-        bias.assign(size_t(panels) * PANEL, 0.0f);
-        scale.assign(size_t(panels) * PANEL, 1.0f);
-        if (b) std::copy(b, b + n, bias.begin());
-        if (wide) { w = wide->take<float>(count(n, k)); std::memset(w, 0, count(n, k) * sizeof(float)); }
-        if (narrow) { q = narrow->take<int8_t>(count(n, k)); std::memset(q, 0, count(n, k)); }
-        for (int i = 0; i < n; i++) {
-            const float* row = weight + size_t(i) * k;
-            float* wide_to = w + size_t(i / PANEL) * PANEL * k + i % PANEL;
-            if (wide) for (int j = 0; j < k; j++) wide_to[size_t(j) * PANEL] = row[j];
-            if (!narrow) continue;
-            int8_t* narrow_to = q + size_t(i / PANEL) * PANEL * ((k + 1) / 2 * 2) + i % PANEL * 2;
-            float top = 0.0f;
-            for (int j = 0; j < k; j++) top = std::max(top, std::fabs(row[j]));
-            float step = top > 0.0f ? top / 127.0f : 1.0f;
-            scale[i] = step;
-            for (int j = 0; j < k; j++)
-                narrow_to[size_t(j / 2) * PANEL * 2 + j % 2] = int8_t(std::lrint(row[j] / step));
-        }
-    }
-};
-
-// Inputs of a layer: as they are, or rounded to 16-bit numbers of which two with an int8 weight each never overflow the
-// sum: 2**13 * 2**7 * K stays below 2**31 for K up to 2048, and longer rows take fewer bits.
-struct Wide { const float* x; int ld; };
-struct Narrow { const int16_t* x; const float* scale; int ld; };
-
-int levels(int k) {
-    int top = 8191;
-    while (int64_t(top) * 127 * k >= INT32_MAX) top /= 2;
-    return top;
-}
-
-void quantise(const float* x, int k, int16_t* to, float* scale) {
-    float top = 0.0f;
-    for (int j = 0; j < k; j++) { float a = std::fabs(x[j]); top = a > top ? a : top; }
-    float step = top > 0.0f ? top / levels(k) : 1.0f, inverse = 1.0f / step;
-    for (int j = 0; j < k; j++) {
-        // adding 1.5 * 2**23 rounds, as in fast_exp
-        float shifted = x[j] * inverse + 12582912.0f;
-        int32_t bits;
-        std::memcpy(&bits, &shifted, 4);
-        to[j] = int16_t(bits - 0x4B400000);
-    }
-    if (k % 2) to[k] = 0;
-    *scale = step;
-}
-
-// acc[m][c] = the outputs of panels `panel` .. `panel + COUNT - 1` for ROWS tokens from m0 on, in registers.
-template <int ROWS, int COUNT>
-inline void tile(const Linear& l, const Wide& in, int panel, int m0, v8 (&acc)[ROWS][COUNT][2]) {
-    constexpr int AHEAD = 32 * PANEL;  // 2 KB of each stream in flight
-    size_t stride = size_t(l.k) * PANEL;
-    const float* w = l.w + panel * stride;
-    const float* x = in.x + size_t(m0) * in.ld;
-    for (int m = 0; m < ROWS; m++) for (int c = 0; c < COUNT; c++) acc[m][c][0] = acc[m][c][1] = splat(0.0f);
-    for (int j = 0; j < l.k; j++) {
-        v8 a[ROWS];
-        for (int m = 0; m < ROWS; m++) a[m] = splat(x[size_t(m) * in.ld + j]);
-        for (int c = 0; c < COUNT; c++) {
-            const float* at = w + c * stride + size_t(j) * PANEL;
-            __builtin_prefetch(at + AHEAD);
-            v8 lo = load(at), hi = load(at + LANES);
-            for (int m = 0; m < ROWS; m++) { acc[m][c][0] += lo * a[m]; acc[m][c][1] += hi * a[m]; }
-        }
-    }
-}
-
-// the sums of products of 8 outputs' weight pairs with one pair of inputs
-inline i8 pairs(const int8_t* w, const int16_t* x) {
-#if defined(__AVX2__)
-    int32_t both;
-    std::memcpy(&both, x, 4);
-    __m256i wide = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(w)));
-    return i8(_mm256_madd_epi16(wide, _mm256_set1_epi32(both)));
-#else
-    i8 out;
-    for (int i = 0; i < LANES; i++) out[i] = int32_t(w[2 * i]) * x[0] + int32_t(w[2 * i + 1]) * x[1];
-    return out;
-#endif
-}
-
-template <int ROWS, int COUNT>
-inline void tile(const Linear& l, const Narrow& in, int panel, int m0, v8 (&acc)[ROWS][COUNT][2]) {
-    constexpr int AHEAD = 32 * 2 * PANEL;
-    size_t stride = size_t((l.k + 1) / 2) * 2 * PANEL;
-    const int8_t* w = l.q + panel * stride;
-    const int16_t* x = in.x + size_t(m0) * in.ld;
-    i8 sums[ROWS][COUNT][2] = {};
-    for (int j = 0; j < l.k; j += 2) {
-        for (int c = 0; c < COUNT; c++) {
-            const int8_t* at = w + c * stride + size_t(j) * PANEL;
-            __builtin_prefetch(at + AHEAD);
-            for (int m = 0; m < ROWS; m++) {
-                const int16_t* pair = x + size_t(m) * in.ld + j;
-                sums[m][c][0] += pairs(at, pair);
-                sums[m][c][1] += pairs(at + 2 * LANES, pair);
-            }
-        }
-    }
-    for (int m = 0; m < ROWS; m++) for (int c = 0; c < COUNT; c++) for (int h = 0; h < 2; h++)
-        acc[m][c][h] = __builtin_convertvector(sums[m][c][h], v8) * splat(in.scale[m0 + m])
-                       * load(&l.scale[(panel + c) * PANEL + h * LANES]);
-}
-
-enum Then { STORE, ADD, ACTIVATE };
-
-struct Output { float* y; int ldy; Then then; int activation; };
-
-template <int ROWS, int COUNT, class In>
-void block(const Linear& l, const In& in, int panel, int m0, const Output& out) {
-    v8 acc[ROWS][COUNT][2];
-    tile<ROWS, COUNT>(l, in, panel, m0, acc);
-    for (int m = 0; m < ROWS; m++) for (int c = 0; c < COUNT; c++) {
-        int first = (panel + c) * PANEL, width = std::min(PANEL, l.n - first);
-        float y[PANEL];
-        for (int h = 0; h < 2; h++) store(y + h * LANES, acc[m][c][h] + load(&l.bias[first + h * LANES]));
-        if (out.then == ACTIVATE) activate(y, PANEL, out.activation);
-        float* to = out.y + size_t(m0 + m) * out.ldy + first;
-        if (out.then == ADD) for (int i = 0; i < width; i++) to[i] += y[i];
-        else for (int i = 0; i < width; i++) to[i] = y[i];
-    }
-}
-
-// The thread's share of a linear layer for M tokens. One token takes four panels at a time, to keep enough products in
-// flight; several take one or two panels and reuse each weight that was read.
-template <class In>
-void linear(const Linear& l, const In& in, int M, const Output& out, int me, int of) {
-    int first = int(int64_t(l.panels) * me / of), end = int(int64_t(l.panels) * (me + 1) / of);
-    if (M == 1) {
-        int p = first;
-        for (; p + 4 <= end; p += 4) block<1, 4>(l, in, p, 0, out);
-        for (; p + 2 <= end; p += 2) block<1, 2>(l, in, p, 0, out);
-        for (; p < end; p++) block<1, 1>(l, in, p, 0, out);
-        return;
-    }
-    for (int p = first; p < end; p++) {
-        int m = 0;
-        for (; m + 6 <= M; m += 6) block<6, 1>(l, in, p, m, out);
-        switch (M - m) {
-            case 5: block<5, 1>(l, in, p, m, out); break;
-            case 4: block<4, 1>(l, in, p, m, out); break;
-            case 3: block<3, 1>(l, in, p, m, out); break;
-            case 2: block<2, 1>(l, in, p, m, out); break;
-            case 1: block<1, 1>(l, in, p, m, out); break;
-        }
-    }
-}
 
 struct Norm { std::vector<float> w, b; };
 
@@ -184,20 +19,23 @@ struct Call {
     int M = 0;
     const int32_t *tokens = nullptr, *rows = nullptr, *positions = nullptr;
     bool narrow = false;  // int8 weights
+    int wanted = 0;       // logits are computed for so many of the last tokens, at least one
     float* logits = nullptr;
 };
 
 struct Model {
     // the order of cpu_decode.py's INTS
     int n_layer, C, H, G, D, S, V, rms, activation, qk_norm, rope, threads, keep_wide, keep_narrow;
-    float softcap;
+    int E = 0;
+    float softcap, scale = 1.0f;  // scale: 1 / sqrt(D)
     std::vector<float> wte, wpe;
     std::vector<Layer> layers;
     Norm ln_f;
     Linear head;
     Arena wide, narrow;
     Team* team = nullptr;
-    // the cache and the rotary tables belong to the caller: kv [layer][2][B][G][R][D], table [2][length][D / 2]
+    // The cache and the rotary tables belong to the caller; table [2][length][D / 2]. A layer's part of kv: its keys, slots
+    // in blocks of WIDE, [B][G][R / WIDE][D][WIDE], and its values [B][G][R][E], zeros past D; E is D in whole panels.
     float* kv = nullptr;
     int64_t B = 0, R = 0;
     const float* table = nullptr;
@@ -232,22 +70,23 @@ struct Model {
         if (!p.b.empty()) for (c = 0; c < C; c++) to[c] += p.b[c];
     }
 
-    // Every thread normalises all rows for itself: cheaper than waiting for each other.
-    const float* normalise(const Norm& p, int me) {
+    // Rows from `first` on. Every thread normalises them all for itself: cheaper than waiting for each other.
+    const float* normalise(const Norm& p, int first, int me) {
         std::vector<float>& own = normed[me];
-        for (int m = 0; m < call.M; m++) norm(p, &x[size_t(m) * C], &own[size_t(m) * C]);
-        return own.data();
+        for (int m = first; m < call.M; m++) norm(p, &x[size_t(m) * C], &own[size_t(m) * C]);
+        return &own[size_t(first) * C];
     }
 
-    void apply(const Linear& l, const float* in, int ld, const Output& out, int me) {
+    // The layer's outputs for the last M tokens of the call, whose inputs begin at `in`.
+    void apply(const Linear& l, const float* in, int ld, int M, const Output& out, int me) {
         if (call.narrow) {
             std::vector<int16_t>& own = rounded[me];
             std::vector<float>& scale = scales[me];
             int even = (ld + 1) / 2 * 2;
-            for (int m = 0; m < call.M; m++) quantise(in + size_t(m) * ld, ld, &own[size_t(m) * even], &scale[m]);
-            linear(l, Narrow{own.data(), scale.data(), even}, call.M, out, me, running);
+            for (int m = 0; m < M; m++) quantise(in + size_t(m) * ld, ld, &own[size_t(m) * even], &scale[m]);
+            linear(l, Narrow{own.data(), scale.data(), even}, M, out, me, running);
         } else {
-            linear(l, Wide{in, ld}, call.M, out, me, running);
+            linear(l, Wide{in, ld}, M, out, me, running);
         }
         team->barrier(running);
     }
@@ -270,73 +109,106 @@ struct Model {
         }
     }
 
-    float dot(const float* a, const float* b) const {
-        v8 s = splat(0.0f);
-        int d = 0;
-        for (; d + LANES <= D; d += LANES) s += load(a + d) * load(b + d);
-        float total = sum(s);
-        for (; d < D; d++) total += a[d] * b[d];
-        return total;
-    }
-
     // A thread takes whole key/value heads, for all tokens: it writes their keys and values before any of them looks.
-    void attend(int layer, int me) {
+    // Tokens before `first` only leave their keys and values.
+    void attend(int layer, int first, int me) {
         int width = (H + 2 * G) * D, group = H / G;
-        float* k_base = kv + int64_t(layer) * 2 * B * G * R * D;
+        float* k_base = kv + int64_t(layer) * B * G * R * (D + E);
         float* v_base = k_base + B * G * R * D;
-        float scale = 1.0f / std::sqrt(float(D));
-        float* s = scores[me].data();
         for (int g = G * me / running; g < G * (me + 1) / running; g++) {
             for (int m = 0; m < call.M; m++) {
                 float* k = &qkv[size_t(m) * width + size_t(H + g) * D];
                 prepare_head(k, call.positions[m]);
-                int64_t at = ((call.rows[m] * G + g) * R + call.positions[m] % R) * D;
-                std::copy(k, k + D, k_base + at);
-                std::copy(k + G * D, k + G * D + D, v_base + at);
+                int64_t slot = call.positions[m] % R, head = (call.rows[m] * G + g) * R;
+                float* to = k_base + head * D + slot / WIDE * WIDE * D + slot % WIDE;
+                for (int d = 0; d < D; d++) to[d * WIDE] = k[d];
+                std::copy(k + G * D, k + G * D + D, v_base + (head + slot) * E);
             }
-            for (int m = 0; m < call.M; m++) for (int i = 0; i < group; i++) {
+            for (int m = first; m < call.M; m++) for (int i = 0; i < group; i++) {
                 int head = g * group + i;
                 float* q = &qkv[size_t(m) * width + size_t(head) * D];
                 prepare_head(q, call.positions[m]);
-                int64_t end = call.positions[m] + 1, start = std::max<int64_t>(0, end - S), count = end - start;
-                const float* keys = k_base + (call.rows[m] * G + g) * R * D;
-                const float* values = v_base + (call.rows[m] * G + g) * R * D;
-                float top = -INFINITY;
-                int64_t slot = start % R;
-                for (int64_t t = 0; t < count; t++) {
-                    s[t] = dot(q, keys + slot * D) * scale;
-                    top = std::max(top, s[t]);
-                    if (++slot == R) slot = 0;
-                }
-                for (int64_t t = 0; t < count; t++) s[t] = fast_exp(s[t] - top);
-                float total = 0.0f;
-                for (int64_t t = 0; t < count; t++) total += s[t];
-                mix(s, values, start % R, count, 1.0f / total, &y[size_t(m) * H * D + size_t(head) * D]);
+                int64_t at = (call.rows[m] * G + g) * R;
+                look(q, k_base + at * D, v_base + at * E, call.positions[m], scores[me].data(),
+                     &y[size_t(m) * H * D + size_t(head) * D]);
             }
         }
         team->barrier(running);
     }
 
-    // to[d] = inverse * sum of s[t] * values[t][d], in blocks of channels that stay in registers
-    void mix(const float* s, const float* values, int64_t slot0, int64_t count, float inverse, float* to) const {
-        int d = 0;
-        for (; d + 4 * LANES <= D; d += 4 * LANES) {
-            v8 a[4] = {splat(0.0f), splat(0.0f), splat(0.0f), splat(0.0f)};
-            int64_t slot = slot0;
-            for (int64_t t = 0; t < count; t++) {
-                const float* v = values + slot * D + d;
-                v8 p = splat(s[t]);
-                for (int i = 0; i < 4; i++) a[i] += p * load(v + i * LANES);
-                if (++slot == R) slot = 0;
+    // One query over the window that ends at its position. The window's slots are one run of the ring or two.
+    void look(const float* q, const float* keys, const float* values, int64_t position, float* s, float* to) const {
+        int64_t start = std::max<int64_t>(0, position + 1 - S), from = start % R, end = from + position + 1 - start;
+        int64_t runs[2][2] = {{from, std::min(end, R)}, {0, end - R}};
+        int count = end > R ? 2 : 1;
+        vec tops = vset(-INFINITY), sums = vec{};
+        for (int r = 0; r < count; r++)
+            for (int64_t t = runs[r][0] / WIDE * WIDE; t < runs[r][1]; t += WIDE) {
+                score(q, keys + t * D, s + t);
+                // what lies outside the run is nobody's
+                for (int64_t i = t; i < runs[r][0]; i++) s[i] = -INFINITY;
+                for (int64_t i = runs[r][1]; i < t + WIDE; i++) s[i] = -INFINITY;
+                for (int v = 0; v < VECS; v++) tops = vmax(vload(s + t + v * LANES_WIDE), tops);
             }
-            for (int i = 0; i < 4; i++) store(to + d + i * LANES, a[i] * splat(inverse));
+        float top = tops[0];
+        for (int l = 1; l < LANES_WIDE; l++) top = std::max(top, tops[l]);
+        for (int r = 0; r < count; r++) {
+            for (int64_t t = runs[r][0] / WIDE * WIDE; t < runs[r][1]; t += WIDE) {
+                for (int v = 0; v < VECS; v++) {
+                    float* at = s + t + v * LANES_WIDE;
+                    vstore(at, vexp(vload(at) - top));
+                }
+                for (int64_t i = t; i < runs[r][0]; i++) s[i] = 0.0f;
+                for (int64_t i = runs[r][1]; i < t + WIDE; i++) s[i] = 0.0f;
+                for (int v = 0; v < VECS; v++) sums += vload(s + t + v * LANES_WIDE);
+            }
         }
-        for (; d < D; d++) {
-            float a = 0.0f;
-            int64_t slot = slot0;
-            for (int64_t t = 0; t < count; t++) { a += s[t] * values[slot * D + d]; if (++slot == R) slot = 0; }
-            to[d] = a * inverse;
+        mix(s, values, runs, count, 1.0f / vsum(sums), to);
+    }
+
+    // s[i] = q . key i of a block of WIDE keys, [D][WIDE], times 1 / sqrt(D)
+    void score(const float* q, const float* keys, float* s) const {
+        vec even[VECS] = {}, odd[VECS] = {};
+        int d = 0;
+        for (; d + 2 <= D; d += 2)
+            for (int v = 0; v < VECS; v++) {
+                even[v] += q[d] * vload(keys + d * WIDE + v * LANES_WIDE);
+                odd[v] += q[d + 1] * vload(keys + (d + 1) * WIDE + v * LANES_WIDE);
+            }
+        if (d < D) for (int v = 0; v < VECS; v++) even[v] += q[d] * vload(keys + d * WIDE + v * LANES_WIDE);
+        for (int v = 0; v < VECS; v++) vstore(s + v * LANES_WIDE, (even[v] + odd[v]) * scale);
+    }
+
+    // to[d] = inverse * sum of s[t] * values[t][d] over the runs, two panels of channels at a time, or the last one
+    void mix(const float* s, const float* values, const int64_t (*runs)[2], int count, float inverse, float* to) const {
+        int d = 0;
+        for (; d + 2 * WIDE <= E; d += 2 * WIDE) mix_panels<2>(s, values + d, runs, count, inverse, to + d, D - d);
+        if (d < E) mix_panels<1>(s, values + d, runs, count, inverse, to + d, D - d);
+    }
+
+    template <int P>
+    void mix_panels(const float* s, const float* values, const int64_t (*runs)[2], int count, float inverse, float* to,
+                    int width) const {
+        constexpr int N = P * VECS, TURNS = 8 / N;  // several sums take turns: one alone would wait for itself
+        vec sums[TURNS][N] = {};
+        for (int r = 0; r < count; r++) {
+            int64_t t = runs[r][0];
+            for (; t + TURNS <= runs[r][1]; t += TURNS) {
+#pragma GCC unroll 8
+                for (int turn = 0; turn < TURNS; turn++)
+#pragma GCC unroll 4
+                    for (int i = 0; i < N; i++)
+                        sums[turn][i] += s[t + turn] * vload(values + (t + turn) * E + i * LANES_WIDE);
+            }
+            for (; t < runs[r][1]; t++)
+                for (int i = 0; i < N; i++) sums[0][i] += s[t] * vload(values + t * E + i * LANES_WIDE);
         }
+        float out[P * WIDE];
+        for (int i = 0; i < N; i++) {
+            for (int turn = 1; turn < TURNS; turn++) sums[0][i] += sums[turn][i];
+            vstore(out + i * LANES_WIDE, sums[0][i] * inverse);
+        }
+        std::copy(out, out + std::min(P * WIDE, width), to);
     }
 
     void work(int me) {
@@ -348,13 +220,16 @@ struct Model {
         team->barrier(running);
         for (int i = 0; i < n_layer; i++) {
             Layer& l = layers[i];
-            apply(l.qkv, normalise(l.ln_1, me), C, {qkv.data(), width, STORE, 0}, me);
-            attend(i, me);
-            apply(l.proj, y.data(), H * D, {x.data(), C, ADD, 0}, me);
-            apply(l.fc, normalise(l.ln_2, me), C, {h.data(), 4 * C, ACTIVATE, activation}, me);
-            apply(l.out, h.data(), 4 * C, {x.data(), C, ADD, 0}, me);
+            apply(l.qkv, normalise(l.ln_1, 0, me), C, M, {qkv.data(), width, STORE, 0}, me);
+            // past the last layer's keys and values nothing is asked of the tokens whose logits are not wanted
+            int first = i + 1 < n_layer ? 0 : M - call.wanted, rest = M - first;
+            float* to = x.data() + size_t(first) * C;
+            attend(i, first, me);
+            apply(l.proj, &y[size_t(first) * H * D], H * D, rest, {to, C, ADD, 0}, me);
+            apply(l.fc, normalise(l.ln_2, first, me), C, rest, {h.data(), 4 * C, ACTIVATE, activation}, me);
+            apply(l.out, h.data(), 4 * C, rest, {to, C, ADD, 0}, me);
         }
-        apply(head, normalise(ln_f, me), C, {call.logits, V, STORE, 0}, me);
+        apply(head, normalise(ln_f, M - call.wanted, me), C, call.wanted, {call.logits, V, STORE, 0}, me);
     }
 
     void run(const Call& c) {
@@ -368,7 +243,7 @@ struct Model {
             for (auto& own : scales) own.resize(M);
         }
         team->run([](void* self, int me, int) { static_cast<Model*>(self)->work(me); }, this, running);
-        if (softcap > 0.0f) for (size_t i = 0; i < M * V; i++) c.logits[i] = softcap * std::tanh(c.logits[i] / softcap);
+        if (softcap > 0.0f) for (size_t i = 0; i < size_t(c.wanted) * V; i++) c.logits[i] = softcap * std::tanh(c.logits[i] / softcap);
     }
 };
 
@@ -409,6 +284,8 @@ void* fc_new(const int64_t* ints, double softcap, const float* const* w) {
                      &m->rope, &m->threads, &m->keep_wide, &m->keep_narrow};
     for (size_t i = 0; i < sizeof fields / sizeof *fields; i++) *fields[i] = int(ints[i]);
     m->softcap = float(softcap);
+    m->scale = 1.0f / std::sqrt(float(m->D));
+    m->E = ::panels(m->D) * WIDE;
     int C = m->C, P = (m->H + 2 * m->G) * m->D;
     size_t each = Linear::count(P, C) + Linear::count(C, m->H * m->D) + 2 * Linear::count(4 * C, C) + 64 * PANEL;
     size_t all = each * m->n_layer + Linear::count(m->V, C) + 65536;  // prefetching runs on past the last panel
@@ -437,7 +314,6 @@ void* fc_new(const int64_t* ints, double softcap, const float* const* w) {
     m->normed.resize(m->threads);
     m->rounded.resize(m->threads);
     m->scales.resize(m->threads);
-    m->scores.assign(m->threads, std::vector<float>(size_t(m->S)));
     return m;
 }
 
@@ -446,12 +322,33 @@ void fc_free(void* model) { delete static_cast<Model*>(model); }
 void fc_attach(void* model, float* kv, int64_t batch, int64_t slots, const float* table, int64_t table_length) {
     Model* m = static_cast<Model*>(model);
     m->kv = kv; m->B = batch; m->R = slots; m->table = table; m->table_length = table_length;
+    m->scores.assign(m->threads, std::vector<float>(size_t(slots)));
 }
 
-// Append M tokens (those of one row in order): logits (M, V).
+// Append M tokens at their positions, in any order: logits (wanted, V) of the token after each of the last `wanted`.
 void fc_step(void* model, int narrow, int M, const int32_t* tokens, const int32_t* rows, const int32_t* positions,
-             float* logits) {
-    static_cast<Model*>(model)->run({M, tokens, rows, positions, narrow != 0, logits});
+             int wanted, float* logits) {
+    static_cast<Model*>(model)->run({M, tokens, rows, positions, narrow != 0, wanted, logits});
+}
+
+// Append a token to each of M rows and draw `count` more for each, by u (M, count): out (count, M). Returns how many
+// steps were taken: fewer than `count` where logits were not finite, which the last step's tokens then show.
+int fc_decode(void* model, int narrow, int M, const int32_t* tokens, const int32_t* rows, const int32_t* positions,
+              int count, int vocab, double temperature, int top_k, const double* u, int32_t* out) {
+    Model* m = static_cast<Model*>(model);
+    std::vector<int32_t> now(tokens, tokens + M), at(positions, positions + M);
+    std::vector<float> logits(size_t(M) * m->V);
+    for (int step = 0; step < count; step++, out += M) {
+        m->run({M, now.data(), rows, at.data(), narrow != 0, M, logits.data()});
+        bool finite = true;
+        for (int i = 0; i < M; i++) {
+            out[i] = now[i] = draw(&logits[size_t(i) * m->V], vocab, float(temperature), top_k, u[i * count + step], m->spare);
+            at[i]++;
+            finite = finite && out[i] < vocab;
+        }
+        if (!finite) return step + 1;
+    }
+    return count;
 }
 
 // A token for each of M rows of logits, over the first `vocab` tokens.
@@ -474,11 +371,11 @@ int fc_speculate(void* model, int row, int position, int token, int ahead, int v
     tokens[0] = token;
     for (int i = 0; i <= ahead; i++) positions[i] = position + i;
     for (int i = 0; i < ahead; i++) {
-        m->run({1, &tokens[i], &rows[i], &positions[i], true, logits.data()});
+        m->run({1, &tokens[i], &rows[i], &positions[i], true, 1, logits.data()});
         tokens[i + 1] = draw(logits.data(), vocab, float(temperature), top_k, u[i], m->spare);
         if (tokens[i + 1] >= vocab) { ahead = i; break; }
     }
-    m->run({ahead + 1, tokens.data(), rows.data(), positions.data(), false, logits.data()});
+    m->run({ahead + 1, tokens.data(), rows.data(), positions.data(), false, ahead + 1, logits.data()});
     for (int i = 0;; i++) {
         out[i] = draw(&logits[size_t(i) * m->V], vocab, float(temperature), top_k, u[i], m->spare);
         if (i == ahead || out[i] != tokens[i + 1]) return i + 1;

@@ -16,10 +16,12 @@ from torch import Tensor
 from ..errors import BackendUnavailableError
 from .cpu_build import load
 
-__all__ = ["ACTIVATIONS", "NativeModel", "library"]
+__all__ = ["ACTIVATIONS", "NativeCache", "NativeModel", "library"]
 
 # the numbers of cpu_common.h's enum
 ACTIVATIONS = {"gelu": 0, "relu": 1, "relu2": 2, "gelu_tanh": 3}
+# channels or slots side by side, as in cpu_gemm.h
+PANEL = 16
 Ints = npt.NDArray[np.int32]
 Doubles = npt.NDArray[np.float64]
 
@@ -40,7 +42,9 @@ def library() -> ctypes.CDLL:
     lib.fc_attach.restype = None
     lib.fc_attach.argtypes = [address, address, ctypes.c_int64, ctypes.c_int64, address, ctypes.c_int64]
     lib.fc_step.restype = None
-    lib.fc_step.argtypes = [address, whole, whole, address, address, address, address]
+    lib.fc_step.argtypes = [address, whole, whole, address, address, address, whole, address]
+    lib.fc_decode.restype = whole
+    lib.fc_decode.argtypes = [address, whole, whole, *[address] * 3, whole, whole, number, whole, address, address]
     lib.fc_draw.restype = None
     lib.fc_draw.argtypes = [address, whole, address, whole, number, whole, address, address]
     lib.fc_speculate.restype = whole
@@ -81,7 +85,12 @@ class NativeModel:
     def step(
         self, cache: "NativeCache", tokens: Ints, rows: Ints, positions: Ints, logits: Tensor, *, int8: bool
     ) -> None:
-        """Append tokens (M,) to rows (M,) at positions (M,) and write logits (M, V) float32 of the token after each."""
+        """Append tokens (M,) to rows (M,) at positions (M,), in any order, and write logits (W, V) float32.
+
+        They are those of the token after each of the last W, at least one; the tokens before only leave their keys and
+        values.
+        """
+        assert 0 < len(logits) <= len(tokens), "native code writes unchecked"
         with self._lock:
             self._attach(cache)
             self._lib.fc_step(
@@ -91,8 +100,46 @@ class NativeModel:
                 tokens.ctypes.data,
                 rows.ctypes.data,
                 positions.ctypes.data,
+                len(logits),
                 logits.data_ptr(),
             )
+
+    def decode(
+        self,
+        cache: "NativeCache",
+        tokens: Ints,
+        rows: Ints,
+        positions: Ints,
+        *,
+        vocab_size: int,
+        temperature: float,
+        top_k: int,
+        u: Doubles,
+        int8: bool,
+    ) -> list[list[int]]:
+        """Append a token to each of M rows and draw N more by u (M, N): the rows' tokens, step by step, N x M.
+
+        Fewer steps where logits are not finite: the last one's tokens then reach vocab_size.
+        """
+        out = np.empty(u.shape[::-1], np.int32)
+        with self._lock:
+            self._attach(cache)
+            count = self._lib.fc_decode(
+                self._handle,
+                int8,
+                len(tokens),
+                tokens.ctypes.data,
+                rows.ctypes.data,
+                positions.ctypes.data,
+                u.shape[1],
+                vocab_size,
+                temperature,
+                top_k,
+                u.ctypes.data,
+                out.ctypes.data,
+            )
+        drawn: list[list[int]] = out[:count].tolist()
+        return drawn
 
     def draw(self, logits: Tensor, vocab_size: int, temperature: float, top_k: int, u: Doubles) -> list[int]:
         """Draw a token from each row of logits (M, V), over the first vocab_size; top_k 0 keeps all."""
@@ -141,8 +188,8 @@ class NativeModel:
             self._lib.fc_attach(
                 self._handle,
                 cache.kv.data_ptr(),
-                cache.kv.shape[2],
-                cache.kv.shape[4],
+                cache.batch_size,
+                cache.slots,
                 None if table is None else table.data_ptr(),
                 0 if table is None else table.shape[1],
             )
@@ -150,7 +197,32 @@ class NativeModel:
 
 
 class NativeCache:
-    """A batch's memory: keys and values (layers, 2, B, kv heads, slots, D), rotary tables (2, positions, D / 2)."""
+    """A batch's memory, in the native code's own layout, and the rotary tables (2, positions, D / 2).
 
-    def __init__(self, kv: Tensor, rope: Tensor | None) -> None:
-        self.kv, self.rope = kv, rope
+    Args:
+        n_layer: layers.
+        batch_size: sequences.
+        kv_heads: key/value heads.
+        head_dim: D.
+        positions: the longest window.
+        spare: tokens that may be written past it before they are judged.
+        rope: rotary tables, or None for learned positions, which never reach past the window.
+    """
+
+    def __init__(
+        self,
+        n_layer: int,
+        batch_size: int,
+        kv_heads: int,
+        head_dim: int,
+        positions: int,
+        spare: int,
+        rope: Tensor | None,
+    ) -> None:
+        # the two ends of a window that wraps around must not meet in one block of PANEL slots
+        slots = positions if rope is None else positions + max(spare, PANEL - 1)
+        self.batch_size, self.slots = batch_size, -(-slots // PANEL) * PANEL
+        padded = -(-head_dim // PANEL) * PANEL
+        # zeros, which the padding stays
+        self.kv = torch.zeros(n_layer * batch_size * kv_heads * self.slots * (head_dim + padded))
+        self.rope = rope

@@ -13,6 +13,7 @@ from fastchargpt.decode import DecodeSession
 from fastchargpt.engines import EngineConfig
 from fastchargpt.errors import SamplingError, TokenizerError
 from fastchargpt.generation import generate_tokens
+from fastchargpt.native import AT_ONCE, NativeEngine
 
 CHARS = "\n abcdefghijklmn"
 VOCAB = len(CHARS)
@@ -129,23 +130,27 @@ def test_streaming_never_cuts_a_character():
     assert "é" in pieces
 
 
-def test_ctrl_c_gives_out_what_was_held_back(monkeypatch):
-    model = make_model()
-    plain = generate(model, TOKENIZER, "a", SamplingConfig(max_new_tokens=8, seed=1))[0].text
-    stop = plain[3:5] + "never"
-    advance = DecodeSession.advance
+@pytest.mark.parametrize("engine", ENGINES, ids=lambda engine: engine.engine)
+def test_ctrl_c_gives_out_what_was_held_back(engine, monkeypatch):
+    model = make_model("modern")
+    plain = generate(model, TOKENIZER, "a", SamplingConfig(max_new_tokens=30, seed=1))[0].text
+    # the native engine draws several tokens in a call
+    owner, name = (DecodeSession, "advance") if engine.engine == "torch" else (NativeEngine, "decode")
+    once, calls = getattr(owner, name), iter(range(99))
 
-    def interrupted(self, rows, tokens):
-        if len(self.windows[0]) >= 5:
+    def interrupted(*args):
+        if next(calls) == 1:
             raise KeyboardInterrupt
-        return advance(self, rows, tokens)
+        return once(*args)
 
-    monkeypatch.setattr(DecodeSession, "advance", interrupted)
-    pieces = stream(model, TOKENIZER, "a", SamplingConfig(max_new_tokens=8, seed=1, stop=(stop,)))
+    monkeypatch.setattr(owner, name, interrupted)
+    drawn = 2 if engine.engine == "torch" else 1 + AT_ONCE
+    stop = plain[drawn - 2 : drawn] + "never"
+    pieces = stream(model, TOKENIZER, "a", SamplingConfig(max_new_tokens=30, seed=1, stop=(stop,)), engine)
     shown: list[str] = []
     with pytest.raises(KeyboardInterrupt):
         shown.extend(pieces)
-    assert "".join(shown) == plain[:5]
+    assert "".join(shown) == plain[:drawn]
 
 
 @pytest.mark.parametrize("engine", ENGINES, ids=lambda engine: engine.engine)

@@ -78,6 +78,42 @@ def test_odd_shapes_equal_torch(threads, family, shape):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
+def test_a_window_whose_ends_near_each_other_in_the_ring(threads):
+    # 24 positions and 8 for drafts would be a ring of 32 slots: both ends of a window in one block of 16
+    model = GPT(dataclasses.replace(FAMILIES["modern"], block_size=24)).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.25)
+    torch_engine, native = TorchEngine(model, 2, 90), NativeEngine(model, 2, 90)
+    prompts = [[1], [2, 3]]
+    with torch.inference_mode():
+        for engine in (torch_engine, native):
+            engine.fill(range(2), prompts)
+        for step in range(80):
+            expected, found = (
+                engine.step(range(2), [step % V, 3 * step % V], [1 + step, 2 + step])
+                for engine in (torch_engine, native)
+            )
+            torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3, msg=lambda m, step=step: f"{step}: {m}")
+
+
+def test_prompts_read_in_several_calls_or_one_give_the_same_bits(threads, monkeypatch):
+    model = make_model("modern", torch.float32)
+    prompts = [[1, 2, 3], [4], [5] * BLOCK, [6, 7]]
+    whole = logits_after(NativeEngine(model, 4, 30), prompts, 3)
+    monkeypatch.setattr(native_module, "MOST_TOKENS", 1)
+    assert torch.equal(logits_after(NativeEngine(model, 4, 30), prompts, 3), whole)
+    token_by_token = NativeEngine(model, 4, 30)
+    for row, prompt in enumerate(prompts):
+        token_by_token.fill([row], [prompt[:1]])
+        for position, token in enumerate(prompt[1:], 1):
+            token_by_token.step([row], [token], [position])
+    with torch.inference_mode():
+        for step in range(3):
+            tokens = [(7 * row + step) % V for row in range(4)]
+            out = token_by_token.step(range(4), tokens, [len(prompt) + step for prompt in prompts])
+    assert torch.equal(out, whole)
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_int8_equals_a_model_with_rounded_weights(name):
     model = make_model(name, torch.float32)
@@ -89,16 +125,9 @@ def test_int8_equals_a_model_with_rounded_weights(name):
             step = module.weight.detach().abs().amax(dim=1, keepdim=True) / 127
             module.weight.data = (module.weight.detach() / step).round() * step
     prompts = [[3], [4, 5]]
-    engine = TorchEngine(model, 2, 9)
-    with torch.inference_mode():
-        engine.fill(range(2), prompts)
-        exact = TorchEngine(rounded, 2, 9)
-        exact.cache.kv_L2BHSD.copy_(engine.cache.kv_L2BHSD)
-        expected = exact.step(range(2), [6, 7], [1, 2])
-        native = NativeEngine(model, 2, 9, int8=True)
-        native.fill(range(2), prompts)
-        found = native.step(range(2), [6, 7], [1, 2])
-        unrounded = engine.step(range(2), [6, 7], [1, 2])
+    expected = logits_after(TorchEngine(rounded, 2, 9), prompts, 1)
+    found = logits_after(NativeEngine(model, 2, 9, int8=True), prompts, 1)
+    unrounded = logits_after(TorchEngine(model, 2, 9), prompts, 1)
     spread = float(expected.std())
     assert (found - expected).abs().max() < 0.01 * spread
     assert (found - unrounded).abs().max() < 0.5 * spread
@@ -132,10 +161,9 @@ def test_drafts_that_are_all_wrong_change_no_token():
             position = 2 + len(tokens)
             for ahead in range(4):
                 wrong.step([0], [ahead], [position + ahead])
-            u = sampler.peek_uniforms(5)[0]
-            more = engine.speculate(0, position, tokens[-1], V, config, u)
+            more = engine.decode([0], tokens[-1:], [position], V, config, sampler.peek_uniforms(5))
             sampler.use_uniforms(len(more))
-            tokens += more
+            tokens += [token for (token,) in more]
     assert tokens[: config.max_new_tokens] == plain[0, 3:].tolist()
 
 
@@ -222,7 +250,7 @@ def unbuilt(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(cpu_build.tempfile, "gettempdir", lambda: str(tmp_path / "temporary"))
     # a library of the same names that compiles in no time
-    names = ("fc_new", "fc_free", "fc_attach", "fc_step", "fc_draw", "fc_speculate")
+    names = ("fc_new", "fc_free", "fc_attach", "fc_step", "fc_decode", "fc_draw", "fc_speculate")
     source = tmp_path / "cpu_decode.cpp"
     source.write_text("".join(f'extern "C" int {name}() {{ return 0; }}\n' for name in names))
     monkeypatch.setattr(cpu_build, "FOLDER", tmp_path)

@@ -21,7 +21,7 @@ from fastchargpt.decode import DecodeSession, resolve_context
 from fastchargpt.engines import EngineConfig, can_draw, make_engine
 from fastchargpt.errors import SamplingError, TokenizerError
 from fastchargpt.model import GPT
-from fastchargpt.native import AHEAD, NativeEngine
+from fastchargpt.native import NativeEngine
 from fastchargpt.sampling import Sampler, SamplingConfig
 from fastchargpt.stopping import StopFilter
 from fastchargpt.tokenizers import Tokenizer
@@ -274,10 +274,12 @@ class _Run:
         if self.config.max_new_tokens == 0:
             return
         for rows, tokens in self._steps():
-            yield from zip(rows, tokens, strict=True)
+            for row, token in zip(rows, tokens, strict=True):
+                if row in self._open:
+                    yield row, token
 
     def _steps(self) -> Iterator[tuple[list[int], list[int]]]:
-        """Rows that are still open and the token of each."""
+        """Rows and the token of each; of some rows a few more than they need."""
         rows = list(self._open)
         with _evaluating(self._model):
             logits = self._session.start()
@@ -286,13 +288,14 @@ class _Run:
             tokens = self._draw(logits, rows)
             left -= 1
             yield rows, tokens
-            while left and self._open and (more := self._speculate(rows, tokens, left)):
-                for token in more:
-                    tokens = [token]
+            while left and self._open and (more := self._ahead(rows, tokens, left)):
+                for tokens in more:
                     left -= 1
                     yield rows, tokens
                     if not self._open:
                         return
+                if len(self._open) < len(rows):
+                    break
             if not left or not self._open:
                 return
             if len(self._open) < len(rows):
@@ -302,21 +305,27 @@ class _Run:
             with _evaluating(self._model):
                 logits = self._session.advance(rows, tokens)
 
-    def _speculate(self, rows: list[int], tokens: list[int], left: int) -> list[int]:
-        """The tokens after this one, several at once; none where that cannot be."""
+    def _ahead(self, rows: list[int], tokens: list[int], left: int) -> list[list[int]]:
+        """The rows' tokens after these, several steps at once; none where that cannot be.
+
+        A row that ends among them has drawn the rest in vain: its tokens and its cache are not read any more.
+        """
         native = self._native
-        if native is None or not native.draft:
+        if native is None:
             return []
-        window = self._session.windows[rows[0]]
-        room = left if self._context == "slide" else self._session.block_size - len(window)
-        count = min(AHEAD + 1, left, room)
+        windows = [self._session.windows[row] for row in rows]
+        longest = max(map(len, windows))
+        room = left if self._context == "slide" else self._session.block_size - longest
+        count = min(native.at_once, left, room)
         if count < 2:
             return []
-        u = self._sampler.peek_uniforms(count)[0]
-        drawn = native.speculate(rows[0], len(window), tokens[0], self.vocab_size, self.config, u)
-        self._check(drawn)
+        u = self._sampler.peek_uniforms(count)
+        drawn = native.decode(rows, tokens, list(map(len, windows)), self.vocab_size, self.config, u)
+        for step in drawn:
+            self._check(step)
         self._sampler.use_uniforms(len(drawn))
-        window += [*tokens, *drawn[:-1]]
+        for window, *row in zip(windows, tokens, *drawn[:-1], strict=True):
+            window += row
         return drawn
 
     def _draw(self, logits: Tensor, rows: list[int]) -> list[int]:

@@ -7,11 +7,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastchargpt.cache import KVCache
-from fastchargpt.decode import TorchEngine
 from fastchargpt.errors import BackendUnavailableError
 from fastchargpt.kernels.cpu_decode import ACTIVATIONS, NativeCache, NativeModel, library
-from fastchargpt.layers import Block
+from fastchargpt.layers import Block, rope_tables
 from fastchargpt.model import GPT
 from fastchargpt.sampling import SamplingConfig
 
@@ -22,6 +20,12 @@ __all__ = ["AHEAD", "NativeEngine", "native_problem"]
 AHEAD = 8
 # Threads meet five times a layer, which costs more than it gains where each has less than this to read.
 BYTES_PER_THREAD = 2**20
+# Tokens of prompts read in one call: enough to fill the multipliers, few enough for the activations to stay in cache.
+MOST_TOKENS = 256
+# Tokens drawn in one call, so that Python's share is small; fewer where reading the weights so often would take long
+# enough to be noticed in a stream of text.
+AT_ONCE = 16
+CALL_BYTES = 2**29
 
 
 def native_problem(model: GPT) -> str | None:
@@ -40,41 +44,70 @@ def native_problem(model: GPT) -> str | None:
     return None
 
 
-class NativeEngine(TorchEngine):
-    """Decoding by kernels/cpu_decode.cpp; prompts are still read by the model itself, in one forward.
+class NativeEngine:
+    """Decoding by kernels/cpu_decode.cpp: prompts in one forward, then a token, or several, in one call.
 
     Args:
         model: a float32 model on the CPU.
         batch_size: sequences.
         positions: tokens that a sequence may reach.
-        int8: use int8 weights, one scale per output, for every step.
+        int8: use int8 weights, one scale per output, throughout.
         draft: keep int8 weights beside the fp32 ones, to draft with.
     """
 
     def __init__(self, model: GPT, batch_size: int, positions: int, *, int8: bool = False, draft: bool = False) -> None:
-        super().__init__(model, batch_size, positions)
         config = model.config
         self.int8, self.draft = int8, draft
+        rope, self._limit = None, config.block_size
         if config.position == "rope":
-            # room for the drafted tokens, so that they do not overwrite what the window still holds
-            self.cache = KVCache(config, batch_size, capacity=config.block_size + AHEAD)
-        self._limit = config.block_size if self.rope is None else self.rope.shape[1]
+            self._limit = max(positions, config.block_size)
+            rope = rope_tables(self._limit, config.head_dim, config.rope_base)
+        # room for the drafted tokens, so that they do not overwrite what the window still holds
+        self.memory = NativeCache(
+            config.n_layer, batch_size, config.kv_heads, config.head_dim, config.block_size, AHEAD, rope
+        )
         self.native = _packed(model, wide=not int8, narrow=int8 or draft)
-        self.memory = NativeCache(self.cache.kv_L2BHSD, self.rope)
+        self.vocab_size = config.vocab_size
+        # tokens of one call while reading prompts
+        self._most = max(config.block_size, MOST_TOKENS)
+        # tokens drawn in one call, for one row
+        self._at_once = max(1, min(AT_ONCE, CALL_BYTES // (4 * model.get_num_params())))
         self._tokens, self._rows_in, self._positions = np.zeros((3, batch_size), np.int32)
         self._logits = torch.empty(batch_size, config.vocab_size)
 
+    def fill(self, rows: Sequence[int], windows: Sequence[Sequence[int]], *, keep: bool = True) -> Tensor:
+        """See `Engine`. With keep=False the rows' caches are spoiled: nobody reads them then."""
+        logits = torch.empty(len(rows), self.vocab_size)
+        first = 0
+        while first < len(rows):
+            end, total = first + 1, len(windows[first])
+            while end < len(rows) and total + len(windows[end]) <= self._most:
+                total += len(windows[end])
+                end += 1
+            # the prompts' last tokens stand at the end, where logits are computed
+            entries = [
+                (token, row, position)
+                for row, window in zip(rows[first:end], windows[first:end], strict=True)
+                for position, token in enumerate(window[:-1])
+            ]
+            entries += [
+                (window[-1], row, len(window) - 1)
+                for row, window in zip(rows[first:end], windows[first:end], strict=True)
+            ]
+            tokens, at, positions = np.array(entries, np.int32).T.copy()
+            self.native.step(self.memory, tokens, at, positions, logits[first:end], int8=self.int8)
+            first = end
+        return logits
+
     def step(self, rows: Sequence[int], tokens: Sequence[int], positions: Sequence[int]) -> Tensor:
         """See `Engine`. The result is overwritten by the next step."""
-        count = len(rows)
-        assert max(positions) < self._limit, "native code reads its tables unchecked"
-        self._tokens[:count], self._rows_in[:count], self._positions[:count] = tokens, rows, positions
+        count = self._place(rows, tokens, positions, 1)
         self.native.step(
             self.memory,
             self._tokens[:count],
             self._rows_in[:count],
             self._positions[:count],
-            self._logits,
+            self._logits[:count],
             int8=self.int8,
         )
         return self._logits[:count]
@@ -83,20 +116,56 @@ class NativeEngine(TorchEngine):
         """Draw from what `step` returned; for knobs that `can_draw` allows."""
         return self.native.draw(logits, vocab_size, config.temperature, config.top_k or 0, u.contiguous().numpy())
 
-    def speculate(
-        self, row: int, position: int, token: int, vocab_size: int, config: SamplingConfig, u: Tensor
-    ) -> list[int]:
-        """Append a token and draw 1 to len(u) more, the same that as many steps and draws would have given."""
-        return self.native.speculate(
+    @property
+    def at_once(self) -> int:
+        """How many tokens of a row `decode` should draw in one call."""
+        return AHEAD + 1 if self.draft else self._at_once
+
+    def decode(
+        self,
+        rows: Sequence[int],
+        tokens: Sequence[int],
+        positions: Sequence[int],
+        vocab_size: int,
+        config: SamplingConfig,
+        u: Tensor,
+    ) -> list[list[int]]:
+        """Append a token to each row and draw up to N more by u (rows, N): the rows' tokens, step by step.
+
+        They are the same that as many calls of `step` and `draw` would have given.
+        """
+        count, uniforms = self._place(rows, tokens, positions, u.shape[1]), u.contiguous().numpy()
+        temperature, top_k = config.temperature, config.top_k or 0
+        if self.draft:
+            assert count == 1, "drafts are for one row"
+            drawn = self.native.speculate(
+                self.memory,
+                row=rows[0],
+                position=positions[0],
+                token=tokens[0],
+                vocab_size=vocab_size,
+                temperature=temperature,
+                top_k=top_k,
+                u=uniforms[0],
+            )
+            return [[token] for token in drawn]
+        return self.native.decode(
             self.memory,
-            row=row,
-            position=position,
-            token=token,
+            self._tokens[:count],
+            self._rows_in[:count],
+            self._positions[:count],
             vocab_size=vocab_size,
-            temperature=config.temperature,
-            top_k=config.top_k or 0,
-            u=u.contiguous().numpy(),
+            temperature=temperature,
+            top_k=top_k,
+            u=uniforms,
+            int8=self.int8,
         )
+
+    def _place(self, rows: Sequence[int], tokens: Sequence[int], positions: Sequence[int], steps: int) -> int:
+        count = len(rows)
+        assert max(positions) + steps <= self._limit, "native code reads its tables unchecked"
+        self._tokens[:count], self._rows_in[:count], self._positions[:count] = tokens, rows, positions
+        return count
 
 
 # model -> what its weights were, whether fp32 and int8 were packed, and the packed copy
