@@ -19,7 +19,14 @@ class Rank(Protocol):
     """What the `rank` fixture offers: `rank(contest, name, entrants)`."""
 
     def __call__(
-        self, contest: str, name: str, entrants: Callable[[], Entrants], *, lead: int = 0, **facts: Any
+        self,
+        contest: str,
+        name: str,
+        entrants: Callable[[], Entrants],
+        *,
+        lead: int = 0,
+        rounds: int | None = None,
+        **facts: Any,
     ) -> None: ...
 
 
@@ -49,6 +56,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--peer", action="append", default=[], help="nanogpt=PATH or lecture=PATH: a checkout to compare with"
     )
+    group.addoption("--model", help="a checkpoint to generate with, in place of models trained on the spot")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -56,7 +64,10 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[NOT_RANKED] = []
     try:
         config.stash[SETTINGS] = settings_from(
-            device=config.getoption("--device"), quick=config.getoption("--quick"), peers=config.getoption("--peer")
+            device=config.getoption("--device"),
+            quick=config.getoption("--quick"),
+            peers=config.getoption("--peer"),
+            model=config.getoption("--model"),
         )
     except FastchargptError as error:
         raise pytest.UsageError(str(error)) from None
@@ -103,10 +114,18 @@ def rank(
 ) -> Rank:
     """Report one contestant of a contest, which is held when its first contestant is asked for."""
 
-    def report(contest: str, name: str, entrants: Callable[[], Entrants], *, lead: int = 0, **facts: Any) -> None:
+    def report(
+        contest: str,
+        name: str,
+        entrants: Callable[[], Entrants],
+        *,
+        lead: int = 0,
+        rounds: int | None = None,
+        **facts: Any,
+    ) -> None:
         if contest not in contests:
             contests[contest] = hold(
-                entrants(), settings.device, seconds=settings.seconds, rounds=settings.rounds, lead=lead
+                entrants(), settings.device, seconds=settings.seconds, rounds=rounds or settings.rounds, lead=lead
             )
         result = contests[contest][name]
         if result.timing is None:
@@ -135,6 +154,8 @@ def _figures(result: Result, facts: Mapping[str, Any]) -> dict[str, Any]:
     for name, unit in (("flops", "flops_per_s"), ("bytes", "bytes_per_s"), ("tokens", "tokens_per_s")):
         if name in figures:
             figures[unit] = figures[name] / timing.median
+    if "floor_s" in figures:
+        figures["floor_share"] = figures["floor_s"] / timing.median
     if "roof_flops" in figures and "flops_per_s" in figures:
         figures["roof_share"] = figures["flops_per_s"] / figures["roof_flops"]
     return figures

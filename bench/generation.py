@@ -1,10 +1,16 @@
-"""The contestants of the generation contests: greedy continuations, so that everybody must write the same tokens."""
+"""The contestants of the generation contests: the same weights and prompt, sampled as nanoGPT's sample.py does.
+
+Each is first checked by what it writes greedily: every token must be the one that one float64 pass over the text finds
+likeliest at its place. Then it is timed while it samples, because greedy text soon repeats itself, and drafts of that
+are nearly always right.
+"""
 
 import contextlib
 import functools
 import io
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,97 +18,210 @@ from torch import Tensor
 from fastchargpt.bench.contest import Absent, Contestant
 from fastchargpt.bench.peers import nanogpt_model
 from fastchargpt.bench.settings import Settings
+from fastchargpt.bench.weights import Weights, bits_per_token, load_weights, train_weights
 from fastchargpt.config import GPTConfig
 from fastchargpt.engines import EngineConfig
+from fastchargpt.errors import ConfigError, SamplingError
 from fastchargpt.generation import generate_tokens
 from fastchargpt.model import GPT
-from fastchargpt.sampling import SamplingConfig
+from fastchargpt.native import AHEAD, NativeEngine, native_problem
+from fastchargpt.roofline import measure_roof
+from fastchargpt.sampling import Sampler, SamplingConfig
+from fastchargpt.timing import race
 
 __all__ = ["CONTESTANTS", "Errand", "entrants", "errands"]
 
-# `fastchargpt` is what a user gets; the two after it are what that is made of
-CONTESTANTS = ("fastchargpt", "fastchargpt-no-drafts", "fastchargpt-torch", "uncached", "peer-nanogpt")
-ENGINES = {"fastchargpt-no-drafts": EngineConfig(speculate="off"), "fastchargpt-torch": EngineConfig(engine="torch")}
-PROMPT_TOKENS = 8
+# `fastchargpt` is what a user gets; those after it are what that is chosen from
+ENGINES = {
+    "fastchargpt-plain": EngineConfig(engine="native", speculate="off"),
+    "fastchargpt-drafts": EngineConfig(speculate="on"),
+    "fastchargpt-int8": EngineConfig(weights="int8"),
+    "fastchargpt-torch": EngineConfig(engine="torch"),
+}
+CONTESTANTS = ("fastchargpt", *ENGINES, "uncached", "peer-nanogpt")
+# of nanoGPT's sample.py
+TEMPERATURE, TOP_K = 0.8, 200
+# How far below the likeliest a token's logit may lie: ties that fp32 cannot tell apart, or that int8 weights may turn.
+TIE, TIE_INT8 = 1e-3, 0.3
+# what int8 weights may cost, in bits per token
+INT8_BITS = 0.01
 
 
 @dataclass(frozen=True)
 class Errand:
-    """What is to be written: `tokens` more tokens for each of `batch` sequences."""
+    """What is to be written: `tokens` more tokens for each of `batch` sequences, within the context."""
 
     name: str
     batch: int
     tokens: int
-    config: GPTConfig
+    # who lends the weights
+    weights: Callable[[], Weights]
+    # whether it is also done without a cache, and how often each is timed at least
+    uncached: bool = True
+    rounds: int | None = None
 
 
-def errands(device: torch.device, *, quick: bool) -> list[Errand]:
-    """One sequence and many, within the context, by a small and a larger model."""
+def errands(settings: Settings) -> list[Errand]:
+    """One sequence and 64, by a small and a larger model; or by the checkpoint that the settings name."""
+    device, quick = settings.device, settings.quick
+    if settings.model is not None:
+        lent = functools.partial(load_weights, settings.model, device)
+        config = lent().model.config
+        name, few = f"{config.n_layer}x{config.n_embd}", lent().model.get_num_params() < 2e6
+        # 64 sequences by a larger model would take its peers minutes a call
+        batch = [Errand(name, 64, 250, lent, uncached=False, rounds=3)] if few or device.type == "cuda" else []
+        return [Errand(name, 1, 250, lent, rounds=5), *batch]
     small = GPTConfig(vocab_size=65, block_size=256, n_layer=4, n_head=4, n_embd=128, bias=False)
     large = GPTConfig(vocab_size=65, block_size=256, n_layer=6, n_head=6, n_embd=384, bias=False)
     if quick:
-        return [Errand("4x128", 1, 64, small)]
-    models = [("4x128", small), ("6x384", large)]
+        return [Errand("4x128", 1, 64, functools.partial(train_weights, small, 60, device))]
+    small_weights = functools.partial(train_weights, small, 300, device)
+    large_weights = functools.partial(train_weights, large, 60, device)
+    batches = [Errand("4x128", 64, 250, small_weights, uncached=False, rounds=3)]
+    if device.type == "cuda":
+        batches.append(Errand("6x384", 64, 250, large_weights, uncached=False, rounds=3))
     return [
-        Errand(name, batch, 240, config) for name, config in models for batch in (1, 64 if device.type == "cuda" else 8)
+        Errand("4x128", 1, 250, small_weights),
+        Errand("6x384", 1, 250, large_weights, rounds=5),
+        *batches,
     ]
 
 
 def entrants(errand: Errand, settings: Settings) -> dict[str, Callable[[], Contestant]]:
-    """Everybody with the same weights and the same prompt."""
-    device = settings.device
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(1337)
-        model = GPT(errand.config).eval()
-        for parameter in model.parameters():  # far from initial weights, whose likeliest tokens are all but ties
-            parameter.data += 0.1 * torch.randn_like(parameter)
-        prompt = torch.randint(errand.config.vocab_size, (errand.batch, PROMPT_TOKENS)).to(device)
-    model = model.to(device)
-    truth = functools.cache(lambda: _uncached(_double(model), prompt, errand.tokens))
+    """Everybody with the same weights and the same prompt, a newline."""
+    lent = functools.cache(errand.weights)
+    floor = functools.cache(lambda: _least_seconds(lent().model, errand, settings))
 
     def build(name: str) -> Contestant:
-        write = _write(name, model, prompt, errand, settings)
+        weights = lent()
+        config = weights.model.config
+        if config.block_size < errand.tokens + 1:
+            raise ConfigError(f"the model's context of {config.block_size} tokens is too short for {errand.tokens}")
+        prompt = torch.zeros(errand.batch, 1, dtype=torch.int64, device=settings.device)
+        write = _writer(name, weights.model, prompt, errand, settings)
         side = "peer" if name.startswith("peer-") else "reference" if name == "uncached" else "ours"
-        facts = {"tokens": errand.batch * errand.tokens, "side": side}
-        return Contestant(call=write, check=lambda: _judge(write(), truth()), facts=facts)
+        facts: dict[str, Any] = {
+            "tokens": errand.batch * errand.tokens,
+            "side": side,
+            # int8 weights are another model's, all but: not to be ranked against fp32
+            "match": "int8" if name == "fastchargpt-int8" else "",
+            "weights": weights.about,
+            "floor_s": floor(),
+        }
+        if name == "fastchargpt-drafts" and errand.batch == 1 and native_problem(weights.model) is None:
+            facts["tokens_per_pass"] = _tokens_per_pass(weights.model, errand.tokens)
+        exact = name != "fastchargpt-int8"
+        with contextlib.suppress(Absent):
+            if name in ("fastchargpt-plain", "fastchargpt-int8"):
+                facts["bits_per_token"] = bits_per_token(weights, int8=not exact)
+                facts["bits_above_fp32"] = facts["bits_per_token"] - bits_per_token(weights, int8=False)
+
+        def check() -> str | None:
+            if facts.get("bits_above_fp32", 0.0) > INT8_BITS:
+                return f"int8 weights cost {facts['bits_above_fp32']:.4f} bits a token"
+            return _judge(weights.model, write(1.0, 1), prompt, errand.tokens, TIE if exact else TIE_INT8)
+
+        return Contestant(call=lambda: write(TEMPERATURE, TOP_K), check=check, facts=facts)
 
     return {name: functools.partial(build, name) for name in CONTESTANTS}
 
 
-def _write(name: str, model: GPT, prompt: Tensor, errand: Errand, settings: Settings) -> Callable[[], Tensor]:
+def _writer(
+    name: str, model: GPT, prompt: Tensor, errand: Errand, settings: Settings
+) -> Callable[[float, int], Tensor]:
+    """A call with temperature and top_k."""
+    tokens = errand.tokens
     if name == "fastchargpt":
-        return lambda: model.generate(prompt, errand.tokens, top_k=1)
+        return lambda temperature, top_k: model.generate(prompt, tokens, temperature=temperature, top_k=top_k)
     if name in ENGINES:
-        greedy = SamplingConfig(max_new_tokens=errand.tokens, top_k=1)
-        return lambda: generate_tokens(model, prompt, greedy, ENGINES[name])
+
+        def ours(temperature: float, top_k: int) -> Tensor:
+            config = SamplingConfig(max_new_tokens=tokens, temperature=temperature, top_k=top_k)
+            try:
+                return generate_tokens(model, prompt, config, ENGINES[name])
+            except SamplingError as reason:
+                raise Absent(str(reason)) from None
+
+        return ours
     if name == "uncached":
-        return lambda: _uncached(model, prompt, errand.tokens)
+        if not errand.uncached:
+            raise Absent("it would take minutes")
+        return lambda temperature, top_k: _uncached(model, prompt, tokens, temperature, top_k)
     if "nanogpt" not in settings.peers:
         raise Absent("give its checkout with --peer nanogpt=PATH")
+    if model.config != GPTConfig.family("nanogpt", **_nanogpt_shape(model.config)):
+        raise Absent("the checkpoint is not of the nanogpt family")
     with contextlib.redirect_stdout(io.StringIO()):
-        peer = nanogpt_model(settings.peers["nanogpt"], errand.config).to(settings.device).eval()
+        peer = nanogpt_model(settings.peers["nanogpt"], model.config).to(settings.device).eval()
     peer.load_state_dict(model.state_dict())
-    return lambda: peer.generate(prompt, errand.tokens, top_k=1)  # type: ignore[operator]
+    return lambda temperature, top_k: peer.generate(prompt, tokens, temperature=temperature, top_k=top_k)  # type: ignore[operator]
 
 
-def _double(model: GPT) -> GPT:
-    copy = GPT(model.config).double().eval()
-    copy.load_state_dict(model.state_dict())
-    copy.set_attention("naive")
-    return copy.to(next(model.parameters()).device)
+def _nanogpt_shape(config: GPTConfig) -> dict[str, Any]:
+    names = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "dropout", "bias")
+    return {name: getattr(config, name) for name in names}
+
+
+@torch.inference_mode()
+def _tokens_per_pass(model: GPT, tokens: int) -> float:
+    """How many tokens each pass of the fp32 weights gives where int8 weights draft; the most is AHEAD + 1."""
+    config = SamplingConfig(temperature=TEMPERATURE, top_k=TOP_K)
+    vocab_size = model.config.vocab_size
+    engine, sampler = NativeEngine(model, 1, tokens, draft=True), Sampler(config, vocab_size, [1])
+    drawn, passes = sampler(engine.fill([0], [[0]])).tolist(), 0
+    while len(drawn) + AHEAD + 1 < tokens:
+        u = sampler.peek_uniforms(AHEAD + 1)
+        more = engine.decode([0], drawn[-1:], [len(drawn)], vocab_size, config, u)
+        sampler.use_uniforms(len(more))
+        drawn += [token for (token,) in more]
+        passes += 1
+    return (len(drawn) - 1) / passes
+
+
+def _least_seconds(model: GPT, errand: Errand, settings: Settings) -> float:
+    """The time of reading weights and cache once for each token, or of their products where that is more.
+
+    Bytes a second are those of summing up as many in one go, operations a second those of large matrix products, both
+    measured here.
+    """
+    config, device = model.config, settings.device
+    parameters = model.get_num_params()
+    kv_bytes = 8 * config.n_layer * config.kv_heads * config.head_dim  # of a token
+    mean = (errand.tokens + 1) / 2
+    bytes_read = 4 * parameters + errand.batch * mean * kv_bytes
+    attention = 4 * config.n_layer * config.n_embd * mean
+    flops = errand.batch * (2 * parameters + attention)
+    source = torch.zeros(int(bytes_read) // 4, device=device)
+    timing = race({"read": source.sum}, device, seconds=0.3, min_rounds=5, max_rounds=200)["read"]
+    return errand.tokens * max(timing.p20, flops / measure_roof(device).flops)
 
 
 @torch.no_grad()
-def _uncached(model: GPT, idx: Tensor, tokens: int) -> Tensor:
-    """The whole sequence through the model for each new token, and the likeliest taken."""
+def _uncached(model: GPT, idx: Tensor, tokens: int, temperature: float, top_k: int) -> Tensor:
+    """The whole sequence through the model for each new token."""
     for _ in range(tokens):
-        logits = model(idx[:, -model.config.block_size :])[0]
-        idx = torch.cat((idx, logits[:, -1].argmax(dim=-1, keepdim=True)), dim=1)
+        logits = model(idx[:, -model.config.block_size :])[0][:, -1] / temperature
+        kept = logits.topk(min(top_k, logits.size(-1)), dim=-1)
+        drawn = torch.multinomial(kept.values.softmax(dim=-1), 1)
+        idx = torch.cat((idx, kept.indices.gather(-1, drawn)), dim=1)
     return idx
 
 
-def _judge(written: Tensor, truth: Tensor) -> str | None:
-    if written.shape != truth.shape:
-        return f"it wrote {tuple(written.shape)} tokens, and {tuple(truth.shape)} were asked for"
-    different = int((written != truth).any(dim=0).int().argmax())
-    return None if torch.equal(written, truth) else f"token {different} is not the one that float64 finds likeliest"
+@torch.no_grad()
+def _judge(model: GPT, written: Tensor, prompt: Tensor, tokens: int, tie: float) -> str | None:
+    """Whether each token is the likeliest after those before it, by a float64 model."""
+    if written.shape != (len(prompt), prompt.shape[1] + tokens):
+        return f"it wrote {tuple(written.shape)} tokens, and {(len(prompt), prompt.shape[1] + tokens)} were asked for"
+    if not torch.equal(written[:, : prompt.shape[1]], prompt):
+        return "its text does not begin with the prompt"
+    exact = GPT(model.config).double().eval()
+    exact.load_state_dict(model.state_dict())
+    exact.set_attention("naive")
+    exact.to(written.device)
+    rows, first = written[:, :-1].unique(dim=0, return_inverse=True)  # the same prompt gives the same greedy text
+    logits = exact.logits(exact.hidden(rows))[first][:, prompt.shape[1] - 1 :]
+    drawn = logits.gather(-1, written[:, prompt.shape[1] :, None])[..., 0]
+    short = (logits.amax(dim=-1) - drawn).amax(dim=0) > tie
+    return (
+        f"token {int(short.int().argmax())} is not the one that float64 finds likeliest" if bool(short.any()) else None
+    )

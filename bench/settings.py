@@ -30,6 +30,8 @@ class Settings:
     quick: bool = False
     # name -> the peer's checkout
     peers: Mapping[str, Path] = field(default_factory=dict)
+    # a checkpoint to generate with, in place of models trained here
+    model: Path | None = None
 
     @property
     def seconds(self) -> float:
@@ -109,6 +111,9 @@ def _commit(folder: Path) -> str:
     return first_line(["git", "-C", str(folder), "rev-parse", "--short=12", "HEAD"])
 
 
-def settings_from(*, device: str, quick: bool, peers: list[str]) -> Settings:
+def settings_from(*, device: str, quick: bool, peers: list[str], model: str | None = None) -> Settings:
     """The settings that the command line's words mean."""
-    return Settings(device=choose_device(device), quick=quick, peers=parse_peers(peers))
+    folder = None if model is None else Path(model).expanduser()
+    if folder is not None and not folder.is_dir():
+        raise ConfigError(f"--model needs a run's out dir or a checkpoint's folder, and {model!r} is none")
+    return Settings(device=choose_device(device), quick=quick, peers=parse_peers(peers), model=folder)

@@ -10,8 +10,13 @@ from fastchargpt.bench.settings import Settings, settings_from
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     config = metafunc.config
-    chosen = settings_from(device=config.getoption("--device"), quick=config.getoption("--quick"), peers=[])
-    metafunc.parametrize("errand", errands(chosen.device, quick=chosen.quick), ids=lambda e: f"{e.name}-b{e.batch}")
+    chosen = settings_from(
+        device=config.getoption("--device"),
+        quick=config.getoption("--quick"),
+        peers=[],
+        model=config.getoption("--model"),
+    )
+    metafunc.parametrize("errand", errands(chosen), ids=lambda e: f"{e.name}-b{e.batch}")
     metafunc.parametrize("contestant", CONTESTANTS)
 
 
@@ -20,6 +25,7 @@ def test_generation(rank: Any, settings: Settings, contestant: str, errand: Any)
         f"generation {errand.name} B{errand.batch}",
         contestant,
         lambda: entrants(errand, settings),
+        rounds=errand.rounds,
         subject="generation",
         batch=errand.batch,
     )

@@ -1,6 +1,7 @@
 """Contests: nobody is timed before being checked, and the work that is counted is the work that is done."""
 
 import json
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -13,9 +14,11 @@ from fastchargpt.bench import attention, contest, generation, peers, settings, t
 from fastchargpt.bench.contest import Absent, Contestant, Result, hold, peak_memory
 from fastchargpt.bench.runs import load_run, rivalries
 from fastchargpt.bench.settings import Settings
+from fastchargpt.bench.weights import Weights, bits_per_token
 from fastchargpt.cli.main import main
 from fastchargpt.config import GPTConfig
 from fastchargpt.kernels import sdpa
+from fastchargpt.model import GPT
 
 CPU = torch.device("cpu")
 TINY = GPTConfig(vocab_size=11, block_size=8, n_layer=1, n_head=2, n_embd=16, bias=False)
@@ -130,13 +133,43 @@ def _batches() -> list[tuple[torch.Tensor, torch.Tensor]]:
 
 
 def test_generation_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
-    errand = generation.Errand("tiny", 2, 4, GPTConfig(vocab_size=11, block_size=16, n_layer=1, n_head=2, n_embd=16))
-    entrants = generation.entrants(errand, Settings(device=CPU, quick=True))
-    results = hold(entrants, CPU, seconds=0.0, rounds=1)
-    assert results["fastchargpt"].timing is not None
-    assert results["uncached"].timing is not None
-    monkeypatch.setattr(generation.GPT, "generate", lambda self, idx, n, top_k: torch.zeros(2, 12, dtype=torch.int64))
-    assert "float64" in (hold(entrants, CPU, seconds=0.0, rounds=1)["fastchargpt"].wrong or "")
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(vocab_size=11, block_size=32, n_layer=1, n_head=2, n_embd=16)).eval()
+    lent = Weights(model, "drawn", torch.randint(11, (99,)))
+    settings = Settings(device=CPU, quick=True)
+
+    def results(batch: int) -> dict[str, Result]:
+        errand = generation.Errand("tiny", batch, 24, lambda: lent)
+        return hold(generation.entrants(errand, settings), CPU, seconds=0.0, rounds=1)
+
+    for batch in (1, 3):
+        found = results(batch)
+        assert not any(each.wrong for each in found.values()), found
+        for name in ("fastchargpt", "fastchargpt-plain", "fastchargpt-int8", "fastchargpt-torch", "uncached"):
+            assert found[name].timing is not None, name
+        assert (found["fastchargpt-drafts"].timing is None) == (batch > 1)
+        assert abs(found["fastchargpt-int8"].facts["bits_above_fp32"]) < 0.01
+
+    def wrong(self: GPT, idx: torch.Tensor, n: int, **knobs: float) -> torch.Tensor:
+        right = generate(self, idx, n, **knobs)
+        right[:, -1] = (right[:, -1] + 1) % 11
+        return right
+
+    generate = GPT.generate
+    monkeypatch.setattr(generation.GPT, "generate", wrong)
+    assert "token 23 is not the one that float64" in (results(2)["fastchargpt"].wrong or "")
+
+
+def test_bits_per_token_are_the_models_own() -> None:
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(vocab_size=11, block_size=16, n_layer=2, n_head=2, n_embd=16)).eval()
+    text = torch.randint(11, (16 * 3 + 5,))
+    windows = text[:48].view(3, 16), text[1:49].view(3, 16)
+    with torch.no_grad():
+        expected = float(model(*windows)[1]) / math.log(2)
+    weights = Weights(model, "drawn", text)
+    assert bits_per_token(weights, int8=False) == pytest.approx(expected, abs=1e-5)
+    assert 0 < abs(bits_per_token(weights, int8=True) - expected) < 0.01
 
 
 GPT_PY = """

@@ -49,6 +49,9 @@ def _suite(words: Sequence[str]) -> int:
     parser.add_argument(
         "--peer", action="append", default=[], metavar="NAME=PATH", help="nanogpt or lecture: a checkout"
     )
+    parser.add_argument(
+        "--model", metavar="FOLDER", help="a checkpoint to generate with, in place of models trained here"
+    )
     parser.add_argument("--out", type=Path, default=Path("bench.json"), help="the results (default: %(default)s)")
     options = parser.parse_args(words)
     for subject in options.subjects:
@@ -63,7 +66,8 @@ def _suite(words: Sequence[str]) -> int:
     import fastchargpt.bench
     from fastchargpt.bench.settings import settings_from
 
-    settings_from(device=options.device, quick=options.quick, peers=options.peer)  # mistakes end here, in one sentence
+    # mistakes end here, in one sentence
+    settings_from(device=options.device, quick=options.quick, peers=options.peer, model=options.model)
     folder = Path(fastchargpt.bench.__path__[0])
     files = [str(folder / f"test_bench_{subject}.py") for subject in options.subjects or SUBJECTS]
     command = [sys.executable, "-m", "pytest", "-q", "-rfE", "-p", "no:cacheprovider", "-c", os.devnull]
@@ -73,7 +77,8 @@ def _suite(words: Sequence[str]) -> int:
         f"--device={options.device}",
         *(["--quick"] if options.quick else []),
     ]
-    command += [*(f"--peer={peer}" for peer in options.peer), *files]
+    command += [*(f"--peer={peer}" for peer in options.peer)]
+    command += [*([f"--model={options.model}"] if options.model else []), *files]
     with tempfile.TemporaryDirectory() as storage:  # pytest-benchmark makes its folder even where nothing goes into it
         status = subprocess.run([*command, f"--benchmark-storage={Path(storage).as_uri()}"]).returncode
     if options.out.is_file():
