@@ -358,3 +358,17 @@ def test_the_rig_refuses_what_is_wrong_or_does_not_run(monkeypatch: pytest.Monke
 
 def hungry_device(*_: object, **__: object) -> None:
     raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA or ROCm GPU is here")
+def test_tuning_on_a_gpu(folder: Path) -> None:
+    """Two places for real: a table that the kernels then take, and that is never slower than the shipped settings."""
+    asked = {"dtypes": ["half"], "head_dims": [64], "buckets": (64, None), "dropout": (False,)}
+    assert run_tune("cuda", **asked) == 0  # type: ignore[arg-type]
+    (path,) = folder.iterdir()
+    q = torch.randn(2, 4, 3000, 64, device="cuda", dtype=torch.bfloat16)
+    assert f"measured on this machine, from {path}" in explain_attention(q, q, q)
+    rows = json.loads(path.read_text())["measurements"]
+    assert [row["what"] for row in rows] == ["forward", "backward", "forward", "backward", "decode"]
+    assert all(row["us"] <= row["shipped_us"] for row in rows)
