@@ -29,6 +29,7 @@ class GpuRig:
     device: torch.device
     seconds: float = 0.3  # of timing a race
     tokens: int = TOKENS
+    width: int = WIDTH
     racer: Racer = race
 
     def problem(self, place: Place, plan: Plan, what: str) -> str | None:
@@ -72,7 +73,7 @@ class GpuRig:
 
     def _tensors(self, place: Place, what: str) -> tuple[torch.Tensor | None, ...]:
         """q, k, v, and for a backward dout: as many heads and tokens as a training step has; one query for a decode."""
-        heads, batch = max(1, WIDTH // place.head_dim), max(1, self.tokens // place.length)
+        heads, batch = max(1, self.width // place.head_dim), max(1, self.tokens // place.length)
         sizes = (1 if what == "decode" else batch, heads, place.length, place.head_dim)
         q, k, v, dout = (x.detach() for x in attention_inputs(*sizes, device=self.device, dtype=_dtype(place)))
         if what == "decode":

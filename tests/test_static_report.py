@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import itertools
 from collections import Counter
 
 import pytest
@@ -10,7 +11,7 @@ from aot import Loop, Report
 from cost_model import estimate
 from oracles import worst_error
 from peaks import PEAKS
-from static_report import COLUMNS, HERE, Row, to_markdown
+from static_report import COLUMNS, HERE, Row, count_work, extended, textbook, to_markdown
 from strict_interpreter import strict_interpreter
 from textbook_backward import textbook_backward
 from work_counter import LaunchWork, LoopWork
@@ -119,6 +120,12 @@ def test_the_textbook_backward_is_right(n_ctx, blocks):
         assert worst_error(gradient, x.grad) < 2e-2  # tf32 products
 
 
+def test_the_work_of_long_sequences_is_extrapolated_exactly():
+    run = textbook((32, 16, 4, 1))
+    counted = {length: count_work(run, length, 16) for length in (32, 64, 96)}
+    assert extended(counted, 192) == count_work(run, 192, 16)
+
+
 def test_every_figure_is_labelled_an_estimate():
     row = Row(*(["x"] * (len(COLUMNS) - 1)))
     assert row.note == "estimate"
@@ -129,7 +136,8 @@ def test_every_figure_is_labelled_an_estimate():
     assert tuple(rows[0]) == COLUMNS
     assert all(row["note"].startswith("estimate") for row in rows)
     assert {row["implementation"] for row in rows} >= {"fastchargpt", "textbook"}
-    assert {row["T"] for row in rows} == {"64", "128", "256", "512", "1024"}
+    shapes = {(row["head_dim"], row["T"]) for row in rows}
+    assert shapes == set(itertools.product(("32", "64", "128"), ("64", "128", "256", "512", "1024", "2048")))
     assert {"sm_80", "sm_90"} <= {row["target"] for row in rows} <= set(PEAKS)
 
 

@@ -289,7 +289,7 @@ def test_every_candidate_is_a_launch_and_none_is_named_twice() -> None:
 
 
 def small(**changes: object) -> Place:
-    return Place(**{"dtype": "half", "head_dim": 16, "max_length": 20, "dropout": False, **changes})  # type: ignore[arg-type]
+    return Place(**{"dtype": "half", "head_dim": 16, "max_length": 18, "dropout": False, **changes})  # type: ignore[arg-type]
 
 
 def plan_of(*backward: Config) -> Plan:
@@ -307,7 +307,7 @@ def test_the_rig_runs_and_judges(dtype: str, dropout: bool) -> None:
             call()  # type: ignore[operator]
         return {name: Timing(seconds=(3.0, 1.0, 2.0)) for name in calls}
 
-    rig = GpuRig(torch.device("cpu"), tokens=20, racer=racer)
+    rig = GpuRig(torch.device("cpu"), tokens=20, width=16, racer=racer)
     place = small(dtype=dtype, dropout=dropout)
     pair = plan_of(Config("dq", 16, 16, 4, 1), Config("dkdv", 16, 16, 4, 1))
     with strict_interpreter():

@@ -1,6 +1,7 @@
 """Fill the launch tables with no GPU: for each kernel the first candidate, best first, that passes the gate.
 
     python bench/static/make_tables.py sm_90 gfx942     # writes kernels/tuning/sm_90.json, gfx942.json; default: all
+    python bench/static/make_tables.py --kernel dq dkdv --head-dim 64 --dtype half      # these entries anew, others stay
 
 An entry must pass (tests/gate.py) in every precision that it serves, with dropout and without; where only the plain
 kernel passes, the entry says so and another one serves dropout. Where no candidate passes there is no entry, and the
@@ -24,7 +25,7 @@ from aot import TARGETS  # noqa: E402
 from gate import judge  # noqa: E402
 from launches import Case, cases  # noqa: E402
 
-from fastchargpt.kernels.tuning import Config, Entry, save_table  # noqa: E402
+from fastchargpt.kernels.tuning import KERNELS, Config, Entry, load_table, save_table  # noqa: E402
 
 __all__ = ["HEAD_DIMS", "SHIPPED", "choose", "slots"]
 
@@ -132,14 +133,29 @@ def choose(target: str, kernel: str, dtype: str, head_dim: int, max_length: int 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("targets", nargs="*", default=SHIPPED)
+    parser.add_argument("--kernel", nargs="+", choices=KERNELS, default=KERNELS, help="only these; others stay")
+    parser.add_argument("--dtype", nargs="+", choices=("half", "fp32"), default=("half", "fp32"))
+    parser.add_argument("--head-dim", nargs="+", type=int, choices=HEAD_DIMS, default=HEAD_DIMS)
     arguments = parser.parse_args()
     for target in arguments.targets:
-        entries: list[Entry] = []
-        for slot in slots(("half", "fp32"), HEAD_DIMS):
+        path = TABLES / f"{target}.json"
+        wanted = [slot for slot in slots(arguments.dtype, arguments.head_dim) if slot[0] in arguments.kernel]
+        redone = {slot[:3] for slot in wanted}
+        entries = [entry for entry in load_table(target) if _slot(entry)[:3] not in redone] if path.exists() else []
+        for slot in wanted:
             found = list(choose(target, *slot))
             print(target, *slot, [(*vars(e.config).values(), e.dropout) for e in found], flush=True)
             entries += found
-        save_table(TABLES / f"{target}.json", target, entries)
+        save_table(path, target, sorted(entries, key=_order))
+
+
+def _slot(entry: Entry) -> tuple[str, str, int, int | None]:
+    return entry.config.kernel, entry.dtype, entry.head_dim, entry.max_length
+
+
+def _order(entry: Entry) -> tuple[object, ...]:
+    kernel, dtype, head_dim, longest = _slot(entry)
+    return ("half", "fp32").index(dtype), head_dim, KERNELS.index(kernel), longest or 2**31, entry.dropout
 
 
 if __name__ == "__main__":

@@ -16,8 +16,12 @@ backward) and unfair to kernels that follow one another closely on small ones.
 import argparse
 import csv
 import functools
+import itertools
+import math
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable
+from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,13 +38,14 @@ from launches import Case, run_backward, run_kernel  # noqa: E402
 from peaks import PEAKS  # noqa: E402
 from strict_interpreter import strict_interpreter  # noqa: E402
 from textbook_backward import textbook_backward  # noqa: E402
-from work_counter import LaunchWork, WorkCounter  # noqa: E402
+from work_counter import LaunchWork, LoopWork, WorkCounter  # noqa: E402
 
 from fastchargpt.kernels.tuning import Config, known_archs, plan_for  # noqa: E402
 
-__all__ = ["COLUMNS", "Row", "rows", "to_markdown"]
+__all__ = ["COLUMNS", "Row", "count_work", "extended", "rows", "textbook", "to_markdown"]
 
-SEQUENCES = (64, 128, 256, 512, 1024)
+SEQUENCES = (64, 128, 256, 512, 1024, 2048)
+COUNTED = (128, 256, 512)  # where the work of longer sequences is extrapolated from
 HEAD_DIMS = (32, 64, 128)
 WIDTH, TOKENS = 384, 16384
 ENTERS_EVERY_LOOP = 512  # a sequence of several blocks of any size in the tables
@@ -111,10 +116,44 @@ def own(configs: tuple[Config, ...]) -> Run:
 
 @functools.cache
 def count_work(run: Run, n_ctx: int, head_dim: int) -> list[LaunchWork]:
-    """What one head's launches do, counted in the interpreter."""
+    """What one head's launches do, counted in the interpreter; for long sequences extrapolated, exactly."""
+    if n_ctx > COUNTED[-1]:
+        return extended({length: count_work(run, length, head_dim) for length in COUNTED}, n_ctx)
     with strict_interpreter(counter=WorkCounter(), poison=False) as counter:
         run(1, 1, n_ctx, head_dim, "cpu")
     return counter.launches
+
+
+def extended(counted: dict[int, list[LaunchWork]], n_ctx: int) -> list[LaunchWork]:
+    """The work at n_ctx from that at three shorter lengths, all of them multiples of every block size.
+
+    Trips, products and bytes of causal attention are then polynomials of degree two in the number of blocks, and three
+    points give the polynomial.
+    """
+    weights = {
+        x: math.prod((Fraction(n_ctx - other, x - other) for other in counted if other != x), start=Fraction(1))
+        for x in counted
+    }
+
+    def at(values: Iterable[int]) -> int:
+        value = sum((weight * number for weight, number in zip(weights.values(), values, strict=True)), Fraction(0))
+        assert value.denominator == 1, "the lengths counted are no multiples of the blocks"
+        return int(value)
+
+    found = []
+    for works in zip(*counted.values(), strict=True):
+        names = ("programs", "loaded", "stored", "unique_loaded", "unique_stored", "exponentials")
+        shapes = dict.fromkeys(shape for work in works for shape in work.products)
+        loops = list(zip(*(work.loops for work in works), strict=True))
+        found.append(
+            LaunchWork(
+                works[0].kernel,
+                **{name: at(getattr(work, name) for work in works) for name in names},
+                products=Counter({shape: at(work.products[shape] for work in works) for shape in shapes}),
+                loops=[LoopWork(at(x.trips for x in loop), at(x.products for x in loop)) for loop in loops],
+            )
+        )
+    return found
 
 
 def bound(
@@ -268,8 +307,10 @@ def main() -> None:
     parser.add_argument("--head-dim", type=int, choices=HEAD_DIMS, nargs="*", default=list(HEAD_DIMS))
     parser.add_argument("--csv", type=Path, default=HERE.parent / "results" / "static.csv")
     arguments = parser.parse_args()
-    report = list(rows(arguments.targets, arguments.head_dim))
-    write(report, arguments.csv)
+    report: list[Row] = []
+    for target, head_dim in itertools.product(arguments.targets, arguments.head_dim):
+        report += rows([target], [head_dim])
+        write(report, arguments.csv)  # each time: a run that is broken off need not start again
     print(to_markdown(report))
 
 
