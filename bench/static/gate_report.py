@@ -3,6 +3,7 @@
     python bench/static/gate_report.py              # what is not recorded yet, with the sources as they are now
     python bench/static/gate_report.py --all        # everything again
     python bench/static/gate_report.py --thorough   # fp16, non-causal, grouped, ragged too; not recorded
+    python bench/static/gate_report.py --thorough sm_90 --head-dim 64 --dtype half      # hours in all: a part of it
 
 tests/test_compile_gate.py compiles a part of this on every run and checks that the record covers the rest: a record
 counts as long as the kernel's source, its settings and Triton's version, all in its key, are the same.
@@ -121,8 +122,12 @@ def _work(config: Config, head_dim: int, dtype: object, length: int) -> tuple[fl
     return round(products, 2), moved, fewest
 
 
-def judge_entry(arguments: tuple[str, Entry, Case]) -> Row:
-    """Compile and judge one entry in one case."""
+def _reach(entry: Entry) -> str:
+    return str(entry.max_length or "any")
+
+
+def judge_entry(arguments: tuple[str, Entry, Case], *, counted: bool = True) -> Row:
+    """Compile and judge one entry in one case; `counted`: count its products and bytes too, in the interpreter."""
     target, entry, case = arguments
     config = entry.config
     judgements = judge(config, case, target)
@@ -130,7 +135,7 @@ def judge_entry(arguments: tuple[str, Entry, Case]) -> Row:
     problems = [problem for judgement in judgements for problem in judgement.problems]
     loops = [loop for report in reports for loop in report.matrix_loops]
     length = min(entry.max_length or COUNTED_LENGTH, COUNTED_LENGTH)
-    products, moved, fewest = _work(config, case.head_dim, case.dtype, length)
+    products, moved, fewest = _work(config, case.head_dim, case.dtype, length) if counted else (0, 0, 0)
 
     def each(field: str) -> str:
         return " ".join(str(getattr(report, field)) for report in reports)
@@ -141,7 +146,7 @@ def judge_entry(arguments: tuple[str, Entry, Case]) -> Row:
         kernel=config.kernel,
         dtype=str(case.dtype).removeprefix("torch.") + (" tf32" if case.tf32 else ""),
         head_dim=case.head_dim,
-        max_length=str(entry.max_length or "any"),
+        max_length=_reach(entry),
         dropout=case.dropout,
         variant=variant_of(case),
         block_m=config.block_m,
@@ -183,21 +188,34 @@ def to_markdown(rows: list[Row]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("targets", nargs="*", help="with --thorough: only these, such as sm_90")
+    parser.add_argument("--head-dim", type=int, nargs="+", help="with --thorough: only entries of these")
+    parser.add_argument("--dtype", choices=("half", "fp32"), help="with --thorough: only entries of this")
     parser.add_argument("--all", action="store_true", help="judge recorded entries again")
     parser.add_argument("--thorough", action="store_true", help="more variants; prints failures, records nothing")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     arguments = parser.parse_args()
     todo = list(everything(thorough=arguments.thorough))
+    if arguments.thorough:
+        todo = [
+            (target, entry, case)
+            for target, entry, case in todo
+            if target in (arguments.targets or [target])
+            and entry.head_dim in (arguments.head_dim or [entry.head_dim])
+            and entry.dtype == (arguments.dtype or entry.dtype)
+        ]
+    elif arguments.targets or arguments.head_dim or arguments.dtype:
+        parser.error("the record is of everything: targets, --head-dim and --dtype go with --thorough")
     kept: list[Row] = []
     if not arguments.all and not arguments.thorough and RECORD.exists():
         with RECORD.open() as file:
-            recorded = {row["key"]: Row(**row) for row in csv.DictReader(file)}
-        keys = [key_of(entry.config, case, target) for target, entry, case in todo]
+            recorded = {(row["key"], row["max_length"]): Row(**row) for row in csv.DictReader(file)}
+        keys = [(key_of(entry.config, case, target), _reach(entry)) for target, entry, case in todo]
         kept = [recorded[key] for key in keys if key in recorded]
         todo = [item for item, key in zip(todo, keys, strict=True) if key not in recorded]
     rows: list[Row] = []
     with multiprocessing.get_context("spawn").Pool(arguments.jobs) as pool:
-        for row in pool.imap(judge_entry, todo):
+        for row in pool.imap(functools.partial(judge_entry, counted=not arguments.thorough), todo):
             rows.append(row)
             print(*(getattr(row, name) for name in SHOWN), flush=True)
             if not arguments.thorough:

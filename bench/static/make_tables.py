@@ -1,7 +1,7 @@
 """Fill the launch tables with no GPU: for each kernel the first candidate, best first, that passes the gate.
 
     python bench/static/make_tables.py sm_90 gfx942     # writes kernels/tuning/sm_90.json, gfx942.json; default: all
-    python bench/static/make_tables.py --kernel dq dkdv --head-dim 64 --dtype half      # these entries anew, others stay
+    python bench/static/make_tables.py --kernel dq dkdv --head-dim 64 --dtype half   # these anew, others stay
 
 An entry must pass (tests/gate.py) in every precision that it serves, with dropout and without; where only the plain
 kernel passes, the entry says so and another one serves dropout. Where no candidate passes there is no entry, and the
@@ -74,19 +74,38 @@ TILES: dict[int, list[Settings]] = {  # by the longest sequence
     128: [(128, 128, 8, 1)],
 }
 # Exact fp32 products are ordinary multiply-adds, which keep both operands in registers: tiles must be small.
-EXACT: list[Settings] = [(32, 32, 4, 1), (32, 32, 8, 1), (16, 32, 4, 1), (16, 16, 4, 1), (16, 16, 8, 1)]
+# At head_dim 128 dq holds four of them and passes as 16 x 16 with 8 warps alone; at 256 it spills in every shape.
+EXACT: dict[str, list[Settings]] = {
+    "forward": [(32, 32, 4, 2), (32, 32, 4, 1), (32, 32, 8, 1), (16, 16, 8, 1)],
+    "dq": [(32, 32, 4, 1), (32, 32, 8, 1), (16, 16, 8, 1)],
+    "dkdv": [(32, 32, 4, 1), (32, 32, 8, 1), (16, 16, 8, 1)],
+}
 EXACT_TILES: dict[int, list[Settings]] = {16: [(16, 16, 4, 1)], 32: [(32, 32, 4, 1), (32, 32, 8, 1)]}
+# What the estimate puts before the lists above, by how warps multiply: on their own (HMMA, AMD's matrix cores), or
+# together (WGMMA on sm_90, tensor memory on sm_100). On their own, four warps over 128 queries read the least shared
+# memory, which is what bounds dq; together, eight warps over 128 x 64 do, and they hold dropout's registers.
+HMMA, WGMMA, MFMA = ("sm_80", "sm_86", "sm_89", "sm_120"), ("sm_90", "sm_100"), ("gfx942",)
+FIRST: dict[tuple[str, int], dict[tuple[str, ...], list[Settings]]] = {
+    ("dq", 64): {HMMA: [(128, 32, 4, 2), (64, 32, 4, 2)], WGMMA: [(128, 64, 8, 2)], MFMA: [(128, 32, 4, 2)]},
+    ("dkdv", 64): {HMMA: [(64, 64, 4, 2), (32, 64, 4, 2)], WGMMA: [(64, 128, 8, 2)]},
+}
 BLOCKS_UP_TO = 512  # beyond, two launches move fewer bytes in flight and cost nothing that counts
 
 
-def candidates(kernel: str, dtype: str, head_dim: int, max_length: int | None) -> list[Settings]:
+def candidates(target: str, kernel: str, dtype: str, head_dim: int, max_length: int | None) -> list[Settings]:
     if kernel == "tile":
         return (TILES if dtype == "half" else EXACT_TILES)[max_length or 0]
     if dtype == "half":
-        return HALF[kernel].get(head_dim, [])
+        preferred = [
+            settings
+            for targets, found in FIRST.get((kernel, head_dim), {}).items()
+            if target in targets
+            for settings in found
+        ]
+        return list(dict.fromkeys((*preferred, *HALF[kernel].get(head_dim, []))))
     if kernel == "decode":
-        return [(16, 32, 4, 1), (16, 16, 4, 1), (16, 16, 8, 1)]
-    return [] if kernel == "blocks" else EXACT
+        return [(16, 32, 4, 2), (16, 32, 4, 1), (16, 16, 4, 1), (16, 16, 8, 1)]
+    return [] if kernel == "blocks" else EXACT[kernel]
 
 
 def slots(dtypes: Iterable[str], head_dims: Iterable[int]) -> Iterator[tuple[str, str, int, int | None]]:
@@ -108,7 +127,7 @@ def _passes(config: Config, wanted: list[Case], target: str) -> bool:
 def choose(target: str, kernel: str, dtype: str, head_dim: int, max_length: int | None) -> Iterator[Entry]:
     """The first candidate that passes, preferably with dropout; where that costs a better one, that one too."""
     plain: Entry | None = None
-    for block_m, block_n, warps, stages in candidates(kernel, dtype, head_dim, max_length):
+    for block_m, block_n, warps, stages in candidates(target, kernel, dtype, head_dim, max_length):
         config = Config(kernel, block_m, block_n, warps, stages)
         keys = {"dtype": dtype, "head_dim": head_dim, "max_length": max_length}
         for dropout in (False, True) if kernel != "decode" else (False,):
