@@ -81,15 +81,25 @@ EXACT: dict[str, list[Settings]] = {
     "dkdv": [(32, 32, 4, 1), (32, 32, 8, 1), (16, 16, 8, 1)],
 }
 EXACT_TILES: dict[int, list[Settings]] = {16: [(16, 16, 4, 1)], 32: [(32, 32, 4, 1), (32, 32, 8, 1)]}
-# What the estimate puts before the lists above, by how warps multiply: on their own (HMMA, AMD's matrix cores), or
-# together (WGMMA on sm_90, tensor memory on sm_100). On their own, four warps over 128 queries read the least shared
-# memory, which is what bounds dq; together, eight warps over 128 x 64 do, and they hold dropout's registers.
-HMMA, WGMMA, MFMA = ("sm_80", "sm_86", "sm_89", "sm_120"), ("sm_90", "sm_100"), ("gfx942",)
+# What the estimate puts before the lists above. Where warps multiply on their own (HMMA of sm_80, AMD's matrix cores),
+# four warps over 128 queries read the least shared memory, which is what bounds dq; where they multiply together (WGMMA
+# of sm_90, tensor memory of sm_100), eight over 128 x 64 do, and they hold dropout's registers. sm_86, sm_89 and sm_120
+# have a quarter of the tensor cores to the same shared memory: there products bound, and wider diagonals only add some.
 FIRST: dict[tuple[str, int], dict[tuple[str, ...], list[Settings]]] = {
-    ("dq", 64): {HMMA: [(128, 32, 4, 2), (64, 32, 4, 2)], WGMMA: [(128, 64, 8, 2)], MFMA: [(128, 32, 4, 2)]},
-    ("dkdv", 64): {HMMA: [(64, 64, 4, 2), (32, 64, 4, 2)], WGMMA: [(64, 128, 8, 2)]},
+    ("dq", 64): {
+        ("sm_80",): [(128, 32, 4, 2), (64, 32, 4, 2)],
+        ("sm_90", "sm_100"): [(128, 64, 8, 2)],
+        ("gfx942",): [(128, 32, 4, 2)],
+    },
+    ("dkdv", 64): {
+        ("sm_80",): [(64, 64, 4, 2), (64, 32, 4, 2)],
+        ("sm_90", "sm_100"): [(64, 128, 8, 2)],
+    },
 }
-BLOCKS_UP_TO = 512  # beyond, two launches move fewer bytes in flight and cost nothing that counts
+# Where the one-launch backward ends: where two launches are estimated faster by more than a tenth, whether tensor cores
+# overlap with everything or with nothing (tuning/README.md has the figures).
+BLOCKS_UP_TO = {("sm_80", 64): 256, ("sm_100", 64): 256}
+BLOCKS_UP_TO_ELSEWHERE = 512
 
 
 def candidates(target: str, kernel: str, dtype: str, head_dim: int, max_length: int | None) -> list[Settings]:
@@ -108,13 +118,13 @@ def candidates(target: str, kernel: str, dtype: str, head_dim: int, max_length: 
     return [] if kernel == "blocks" else EXACT[kernel]
 
 
-def slots(dtypes: Iterable[str], head_dims: Iterable[int]) -> Iterator[tuple[str, str, int, int | None]]:
-    """What a table may hold: (kernel, dtype, head_dim, longest sequence)."""
+def slots(target: str, dtypes: Iterable[str], head_dims: Iterable[int]) -> Iterator[tuple[str, str, int, int | None]]:
+    """What a target's table may hold: (kernel, dtype, head_dim, longest sequence)."""
     for dtype, head_dim in itertools.product(dtypes, head_dims):
         for kernel in ("forward", "decode", "dq", "dkdv"):
             yield kernel, dtype, head_dim, None
         if dtype == "half" and head_dim in HALF["blocks"]:
-            yield "blocks", dtype, head_dim, BLOCKS_UP_TO
+            yield "blocks", dtype, head_dim, BLOCKS_UP_TO.get((target, head_dim), BLOCKS_UP_TO_ELSEWHERE)
         for length in TILES if dtype == "half" else EXACT_TILES:
             if length * head_dim <= 8192:
                 yield "tile", dtype, head_dim, length
@@ -158,7 +168,7 @@ def main() -> None:
     arguments = parser.parse_args()
     for target in arguments.targets:
         path = TABLES / f"{target}.json"
-        wanted = [slot for slot in slots(arguments.dtype, arguments.head_dim) if slot[0] in arguments.kernel]
+        wanted = [slot for slot in slots(target, arguments.dtype, arguments.head_dim) if slot[0] in arguments.kernel]
         redone = {slot[:3] for slot in wanted}
         entries = [entry for entry in load_table(target) if _slot(entry)[:3] not in redone] if path.exists() else []
         for slot in wanted:
