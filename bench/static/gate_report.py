@@ -209,7 +209,9 @@ def main() -> int:
     kept: list[Row] = []
     if not arguments.all and not arguments.thorough and RECORD.exists():
         with RECORD.open() as file:
-            recorded = {(row["key"], row["max_length"]): Row(**row) for row in csv.DictReader(file)}
+            table = csv.DictReader(file)
+            same = tuple(table.fieldnames or ()) == Row._fields  # else it was written with other columns
+            recorded = {(row["key"], row["max_length"]): Row(**row) for row in table} if same else {}
         keys = [(key_of(entry.config, case, target), _reach(entry)) for target, entry, case in todo]
         kept = [recorded[key] for key in keys if key in recorded]
         todo = [item for item, key in zip(todo, keys, strict=True) if key not in recorded]
