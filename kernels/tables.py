@@ -70,13 +70,22 @@ class Entry:
     head_dim: int  # the largest it serves
     max_length: int | None  # the longest of Tq and Tk that it serves; None is any
     dropout: bool  # whether it was checked with dropout on
-    plain_only: bool = False  # whether a sliding window or a soft-cap does not fit the registers with these settings
+    variants: str = "all"  # where a sliding window and a soft-cap fit the registers: "all", "no dropout" or "none"
+
+    def has_variants(self, dropout: bool) -> bool:
+        """Whether a sliding window or a soft-cap may be launched with these settings."""
+        return self.variants == "all" or (self.variants == "no dropout" and not dropout)
 
     def to_json(self) -> dict[str, Any]:
         """A flat dictionary, as it stands in a table."""
         fields = dataclasses.asdict(self)
-        plain = {"plain_only": True} if self.plain_only else {}
-        return {"kernel": fields["config"].pop("kernel"), **{k: fields[k] for k in _KEYS}, **fields["config"], **plain}
+        variants = {} if self.variants == "all" else {"variants": self.variants}
+        return {
+            "kernel": fields["config"].pop("kernel"),
+            **{k: fields[k] for k in _KEYS},
+            **fields["config"],
+            **variants,
+        }
 
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> "Entry":
@@ -88,8 +97,8 @@ class Entry:
         """
         fields = dict(fields)
         keys = {key: fields.pop(key) for key in _KEYS}
-        plain_only = fields.pop("plain_only", False)
-        entry = cls(config=Config(**fields), **keys, plain_only=plain_only)
+        variants = fields.pop("variants", "all")
+        entry = cls(config=Config(**fields), **keys, variants=variants)
         entry._check()
         return entry
 
@@ -102,9 +111,10 @@ class Entry:
             raise ValueError(f"kernel must be one of {', '.join(KERNELS)}; it is {config.kernel!r}")
         if self.dtype not in ("half", "fp32"):
             raise ValueError(f"dtype must be half or fp32; it is {self.dtype!r}")
-        for name in ("dropout", "plain_only"):
-            if type(getattr(self, name)) is not bool:
-                raise ValueError(f"{name} must be true or false; it is {getattr(self, name)!r}")
+        if type(self.dropout) is not bool:
+            raise ValueError(f"dropout must be true or false; it is {self.dropout!r}")
+        if self.variants not in ("all", "no dropout", "none"):
+            raise ValueError(f"variants must be 'all', 'no dropout' or 'none'; it is {self.variants!r}")
         for name, number, least, most in (
             ("block_m", config.block_m, 16, 256),  # a tensor core takes no fewer than 16
             ("block_n", config.block_n, 16, 256),

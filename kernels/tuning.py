@@ -2,7 +2,7 @@
 
 An entry serves any head_dim up to its own and any sequence up to its max_length (null: any). A table that the user has
 measured on this GPU (`fastchargpt bench attention --tune`) comes before the shipped one, but for variants (a sliding
-window, a soft-cap): they were not measured, and not every setting has the registers for them ("plain_only").
+window, a soft-cap): they were not measured, and not every setting has the registers for them ("variants").
 tuning/README.md says how the shipped entries were chosen, and why the one-launch kernels end where they end.
 """
 
@@ -156,7 +156,7 @@ def _choose(
         and entry.dropout >= dropout  # what holds dropout's registers holds the plain kernel's too
     ]
     if variant:  # an entry for wider heads may have the very settings that spill
-        barred = {entry.config for _, entry in serving if entry.plain_only}
+        barred = {entry.config for _, entry in serving if not entry.has_variants(dropout)}
         serving = [item for item in serving if item[1].config not in barred]
 
     def find(kernel: str) -> tuple[tuple[int, ...], Entry] | None:

@@ -42,8 +42,8 @@ BOTH: dict[str, Any] = {"window": 100, "softcap": 30.0}
 def cases(entry: Entry, table: Iterable[Entry] = (), *, thorough: bool = False) -> list[Case]:
     """What an entry has to pass: a causal launch in each precision that it serves; thoroughly, other variants too.
 
-    An entry for dropout serves the plain kernel too, unless its table has another one for that. Unless it is for the
-    plain kernel only, each launch is also made with a window and a soft-cap together, the most that can be asked of it;
+    An entry for dropout serves the plain kernel too, unless its table has another one for that. Unless the entry says
+    that it has none, each launch is also made with a window and a soft-cap together, the most that can be asked of it;
     thoroughly, with one alone too.
     """
     length = min(entry.max_length or 1024, 1024)
@@ -56,9 +56,10 @@ def cases(entry: Entry, table: Iterable[Entry] = (), *, thorough: bool = False) 
     has_plain_twin = any(_place(other) == _place(plain) for other in table)
     dropouts = {False} if not entry.dropout or entry.config.kernel == "decode" else {True, has_plain_twin}
     found = [dataclasses.replace(case, dropout=dropout) for case in base for dropout in sorted(dropouts)]
-    if entry.config.kernel in VARIED and not entry.plain_only:
+    if entry.config.kernel in VARIED:
+        varied = [case for case in found if entry.has_variants(case.dropout)]
         variants = [BOTH, *({name: value} for name, value in BOTH.items() if thorough)]
-        found += [dataclasses.replace(case, **variant) for case in found for variant in variants]
+        found += [dataclasses.replace(case, **variant) for case in varied for variant in variants]
     if thorough:
         narrower = [{"head_dim": d} for d in (entry.head_dim - 12, entry.head_dim // 2, entry.head_dim // 4)]
         changes = ({"causal": False}, {"kv_heads": 2}, *narrower)

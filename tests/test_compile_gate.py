@@ -107,8 +107,10 @@ def test_cases_cover_what_an_entry_serves():
     for thorough, variants in ((False, ["", "window softcap"]), (True, ["", "softcap", "window", "window softcap"])):
         found = {(case.dropout, variant_of(case)) for case in cases(half, thorough=thorough)}
         assert sorted(found) == [(dropout, variant) for dropout in (False, True) for variant in variants]
-    for unvaried in (dataclasses.replace(half, plain_only=True), entry("half", kernel="tile")):
+    for unvaried in (dataclasses.replace(half, variants="none"), entry("half", kernel="tile")):
         assert cases(unvaried) == plain(unvaried)
+    some = dataclasses.replace(half, variants="no dropout")
+    assert [case.dropout for case in cases(some) if variant_of(case)] == [False]
     thorough = cases(half, thorough=True)
     assert {case.dtype for case in thorough} == {torch.bfloat16, torch.float16}
     assert any(not case.causal for case in thorough)

@@ -146,7 +146,9 @@ def choose(target: str, kernel: str, dtype: str, head_dim: int, max_length: int 
             varied = [case for case in wanted if case.window is not None or case.softcap is not None]
             if not _passes(config, [case for case in wanted if case not in varied], target):
                 break
-            entry = dataclasses.replace(entry, plain_only=not _passes(config, varied, target))
+            fits, bare = _passes(config, varied, target), plain.variants if plain and plain.config == config else ""
+            variants = "all" if fits and bare in ("", "all") else "no dropout" if bare == "all" else "none"
+            entry = dataclasses.replace(entry, variants=variants)
             plain = plain or entry
             if dropout:
                 if plain.config != config:
