@@ -2,7 +2,6 @@
 
 import importlib
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +9,9 @@ import pytest
 
 __all__ = ["checkout", "peer"]
 
-ROOT = Path(__file__).parents[1]
-
 
 def peer(name: str) -> Any:
     """A package of the `integrations` extra; the test is skipped without it."""
-    # `python -m pytest` puts the checkout on the path, and transformers would take our kernels/ for Hugging Face's
-    sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT]
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:

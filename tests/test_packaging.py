@@ -80,9 +80,25 @@ cpu_decode.library(), cpu_train.library()
     assert done.stdout.startswith("fastchargpt ")
 
 
-def test_kernels_refuse_to_be_a_top_level_package() -> None:
-    done = subprocess.run([sys.executable, "-c", "import kernels"], cwd=ROOT, capture_output=True, text=True)
-    assert "not a top-level package 'kernels'" in done.stderr
+def test_kernels_step_aside_as_a_top_level_package(tmp_path: Path) -> None:
+    def in_root(program: str) -> subprocess.CompletedProcess[str]:
+        environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+        command = [sys.executable, "-c", program]
+        return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+
+    # what transformers asks of a package that has no metadata, and what a mistaken import gets
+    done = in_root("import kernels; assert getattr(kernels, '__version__', 'N/A') == 'N/A'; from kernels import naive")
+    assert "ImportError: this folder is fastchargpt.kernels, not a top-level package 'kernels'" in done.stderr
+    assert "No module named 'kernels.naive'" in in_root("import kernels.naive").stderr
+    # Hugging Face's, where it is installed
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels" / "__init__.py").write_text("from . import part\n__version__ = '9'\n")
+    (tmp_path / "kernels" / "part.py").write_text("answer = 42\n")
+    program = (
+        "import kernels, kernels.part, fastchargpt.kernels.naive as n; print(kernels.__version__, kernels.part.answer)"
+    )
+    done = in_root(f"{program}; print(n.__name__)")
+    assert done.stdout.split() == ["9", "42", "fastchargpt.kernels.naive"], done.stderr
 
 
 def test_import_costs_little_more_than_torch() -> None:
