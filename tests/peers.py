@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 
-__all__ = ["checkout", "peer"]
+__all__ = ["ROOT", "checkout", "peer"]
+
+ROOT = Path(__file__).parents[1]
 
 
 def peer(name: str) -> Any:

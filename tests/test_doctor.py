@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from fastchargpt import diagnosis, doctor
+from fastchargpt import diagnosis, doctor, rehearsal
 from fastchargpt.cli.main import main
 from fastchargpt.errors import ConfigError
 from fastchargpt.finding import Finding
@@ -18,7 +18,7 @@ from fastchargpt.kernels import sdpa
 from fastchargpt.parity import attention_inputs, check_attention
 from fastchargpt.roofline import Roof
 
-ALL_SECTIONS = ["versions", "device", "compiler", "triton", "choices", "attention", "speed", "corpus"]
+ALL_SECTIONS = ["versions", "device", "compiler", "triton", "choices", "training", "attention", "speed", "corpus"]
 
 
 @pytest.fixture
@@ -103,6 +103,31 @@ def test_a_look_that_fails_is_a_finding(quick: pytest.MonkeyPatch, capsys: pytes
     status, report = examine(capsys)
     (speed,) = findings(report, "speed")
     assert (status, speed["status"], speed["text"]) == (1, "broken", "RuntimeError: cannot read ~/secret")
+
+
+@pytest.mark.parametrize("fault", ["step", "tokens", "raises"])
+def test_a_default_path_that_computes_something_else_is_broken(
+    quick: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], fault: str
+) -> None:
+    (healthy,) = findings(examine(capsys)[1], "training")
+    assert healthy["status"] == "ok"
+    assert healthy["facts"]["loss_error"] < 1e-4
+    plain_step, plain_tokens = rehearsal.make_train_step, rehearsal.generate_tokens
+    if fault == "step":  # a rate that is a tenth too high, but for the judge
+        quick.setattr(
+            rehearsal,
+            "make_train_step",
+            lambda model, **named: plain_step(model, **named, learning_rate=1e-3 if "engine" in named else 1.1e-3),
+        )
+    elif fault == "tokens":
+        quick.setattr(rehearsal, "generate_tokens", lambda *words: plain_tokens(*words).roll(1, dims=1))
+    else:
+        quick.setattr(rehearsal, "make_train_step", lambda *_, **__: 1 / 0)
+    status, report = examine(capsys)
+    (sick,) = findings(report, "training")
+    assert (status, sick["status"]) == (1, "broken")
+    assert ("ZeroDivisionError" if fault == "raises" else "WRONG here") in sick["text"]
+    assert "report this" in sick["remedy"]
 
 
 def test_missing_and_old_packages(quick: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -57,7 +57,7 @@ STAGES = [
     ["generation"],
     ["integrations", "convert"],
     ["bench"],
-    ["finding", "diagnosis", "doctor", "cli"],
+    ["finding", "rehearsal", "diagnosis", "doctor", "cli"],
 ]
 # A method that nanoGPT's GPT has and ours therefore has too, imported when it is called.
 FACADES = {("model", "optim"), ("model", "generation"), ("model", "sampling"), ("model", "integrations")}

@@ -10,17 +10,17 @@ from typing import Any
 import torch
 
 from fastchargpt.attention import causal_attention, explain_attention
-from fastchargpt.choices import choose_compile
+from fastchargpt.choices import choose_compile, choose_engine
 from fastchargpt.errors import BackendUnavailableError, CorpusError
 from fastchargpt.finding import Finding, Status
 from fastchargpt.hardware import peak_flops
 from fastchargpt.kernels.availability import triton_problem
 from fastchargpt.machine import cpu_name, first_line, memory_bytes, nvidia_driver
 from fastchargpt.model import GPT
-from fastchargpt.native_step import native_step_problem
 from fastchargpt.parity import attention_inputs, check_attention, forward_backward
 from fastchargpt.precision import Precision, choose_device, choose_precision
 from fastchargpt.presets import PRESETS
+from fastchargpt.rehearsal import rehearse
 from fastchargpt.roofline import measure_roof
 from fastchargpt.timing import race
 
@@ -46,6 +46,7 @@ def examinations(device_name: str = "auto") -> list[tuple[str, Callable[[], Iter
         ("compiler", _compiler),
         ("triton", lambda: _triton(device, precision)),
         ("choices", lambda: _choices(device, precision)),
+        ("training", lambda: _rehearsal(device, precision)),
         ("attention", lambda: _attention(device, precision.dtype)),
         ("speed", lambda: _speed(device, precision)),
         ("corpus", _corpora),
@@ -205,13 +206,39 @@ def _choices(device: torch.device, precision: Precision) -> Iterator[Finding]:
         text=f"precision {precision.name}: {precision.reason}",
         facts={"precision": precision.name, "reason": precision.reason},
     )
-    native = device.type == "cpu" and native_step_problem(GPT(PRESETS[preset].model)) is None
-    choice = choose_compile("auto", device, native=native)
+    engine = choose_engine("auto", GPT(PRESETS[preset].model).to(device), precision, compile=False)
+    yield Finding(
+        section="choices",
+        status="ok",
+        text=f"engine {'native' if engine.native else 'torch'}: {engine.reason}",
+        facts={"engine": "native" if engine.native else "torch", "reason": engine.reason},
+    )
+    choice = choose_compile("auto", device, native=engine.native)
     yield Finding(
         section="choices",
         status="ok",
         text=str(choice),
         facts={"compile": choice.on, "reason": choice.reason},
+    )
+
+
+def _rehearsal(device: torch.device, precision: Precision) -> Iterator[Finding]:
+    """Whether what `train` and `sample` do comes out right here."""
+    found = rehearse(device, precision)
+    step, decoder = ("native" if native else "torch" for native in (found.native_step, found.native_decoder))
+    text = (
+        f"5 steps of a small model ({step}): loss {found.first_loss:.3f} to {found.last_loss:.3f}, off float64's by "
+        f"{found.loss_error:.1e} ({found.tolerance:.0e} allowed); 24 tokens ({decoder}), {found.wrong_tokens} wrong"
+    )
+    yield Finding(
+        section="training",
+        status="ok" if found.right else "broken",
+        text=text if found.right else f"WRONG here: {text}",
+        remedy=""
+        if found.right
+        else "please report this with the whole of `fastchargpt doctor --json`; until then train and sample with "
+        "--engine torch",
+        facts=vars(found),
     )
 
 

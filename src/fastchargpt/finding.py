@@ -13,7 +13,7 @@ Status = Literal["ok", "note", "broken"]
 class Finding:
     """One thing that was looked at."""
 
-    # versions, device, triton, attention, choices, speed or corpus
+    # versions, device, compiler, triton, choices, training, attention, speed or corpus
     section: str
     status: Status
     # one line
