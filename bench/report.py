@@ -92,7 +92,7 @@ def machine_lines(run: Run) -> list[str]:
     peers = ", ".join(f"{name} at {commit or 'an unknown commit'}" for name, commit in machine.get("peers", {}).items())
     lines.append(f"settings: {'quick' if machine.get('quick') else 'full'}; peers: {peers or 'none'}")
     load = machine.get("load")
-    if load is not None and load > 1.5 and not gpu:
+    if load is not None and load > machine.get("threads", 1) + 1 and not gpu:  # more than the suite's own
         lines.append(
             f"the machine was busy (load {load:.1f} at the end): compare within a contest, not with other runs"
         )

@@ -132,6 +132,12 @@ def test_the_page(tmp_path: Path) -> None:
     assert table.index("liar") < table.index("flex")  # what is wrong comes before what is absent
 
 
+@pytest.mark.parametrize(("load", "busy"), [(2.6, False), (3.4, True)])
+def test_other_work_on_the_machine_is_told_from_the_suites_own(tmp_path: Path, load: float, busy: bool) -> None:
+    run = load_run(save(tmp_path / "a.json", ENTRIES, load=load, threads=2))
+    assert ("the machine was busy" in to_markdown([run])) == busy
+
+
 def test_a_gpu_run_says_so(tmp_path: Path) -> None:
     run = load_run(save(tmp_path / "a.json", ENTRIES, device_type="cuda", device="NVIDIA X", capability="9.0"))
     for text in (to_markdown([run]), to_html([run])):
