@@ -9,7 +9,7 @@ import pytest
 os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the profiler that counts memory is not to talk
 
 from fastchargpt.bench.contest import Contestant, Result, hold
-from fastchargpt.bench.settings import Settings, describe_run, settings_from, source_commit
+from fastchargpt.bench.settings import Settings, Start, describe_run, settings_from, source_commit
 from fastchargpt.errors import FastchargptError
 
 Entrants = Mapping[str, Callable[[], Contestant]]
@@ -46,6 +46,7 @@ class Replay:
 
 REPLAY = Replay()
 SETTINGS = pytest.StashKey[Settings]()
+START = pytest.StashKey[Start]()
 NOT_RANKED = pytest.StashKey[list[dict[str, str]]]()
 
 
@@ -62,6 +63,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "gpu: runs a kernel on a real GPU; skipped where there is none")
     config.stash[NOT_RANKED] = []
+    config.stash[START] = Start()
     try:
         config.stash[SETTINGS] = settings_from(
             device=config.getoption("--device"),
@@ -81,7 +83,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
     machine_info.clear()  # the machine's name is nobody's business, nor are three hundred CPU flags
-    machine_info["fastchargpt"] = describe_run(config.stash[SETTINGS])
+    machine_info["fastchargpt"] = describe_run(config.stash[SETTINGS], config.stash[START])
 
 
 def pytest_benchmark_generate_commit_info() -> dict[str, Any]:

@@ -13,6 +13,7 @@ from fastchargpt.bench.runs import Change, Row, Run, changes, load_run, rivalrie
 
 __all__ = ["machine_lines", "to_html", "to_markdown", "write_report"]
 
+BUSY = 0.2  # processors that other work may have had for a run to count as quiet
 NO_GPU = "No GPU has run this: every figure here was measured on a CPU."
 
 
@@ -91,10 +92,11 @@ def machine_lines(run: Run) -> list[str]:
     lines.append(f"{versions}, {machine.get('system')}; commit {machine.get('commit') or 'unknown'}")
     peers = ", ".join(f"{name} at {commit or 'an unknown commit'}" for name, commit in machine.get("peers", {}).items())
     lines.append(f"settings: {'quick' if machine.get('quick') else 'full'}; peers: {peers or 'none'}")
-    load = machine.get("load")
-    if load is not None and load > machine.get("threads", 1) + 1 and not gpu:  # more than the suite's own
+    others = machine.get("others")
+    if others is not None and others > BUSY and not gpu:
         lines.append(
-            f"the machine was busy (load {load:.1f} at the end): compare within a contest, not with other runs"
+            f"the machine was busy: other work took {others:.1f} processors on average; compare within a contest, not with "
+            "other runs"
         )
     return lines
 

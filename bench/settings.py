@@ -3,6 +3,7 @@
 import os
 import platform
 import subprocess
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,11 +13,11 @@ import torch
 
 from fastchargpt import __version__
 from fastchargpt.errors import ConfigError
-from fastchargpt.machine import cpu_name, first_line, memory_bytes, nvidia_driver
+from fastchargpt.machine import cpu_name, first_line, memory_bytes, nvidia_driver, processor_seconds
 from fastchargpt.precision import choose_device
 from fastchargpt.roofline import measure_roof
 
-__all__ = ["PEERS", "Settings", "describe_run", "parse_peers", "settings_from", "source_commit"]
+__all__ = ["PEERS", "Settings", "Start", "describe_run", "parse_peers", "settings_from", "source_commit"]
 
 PEERS = ("nanogpt", "lecture")
 
@@ -63,7 +64,23 @@ def parse_peers(words: list[str]) -> dict[str, Path]:
     return peers
 
 
-def describe_run(settings: Settings) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Start:
+    """When a run began, by the clock and by the processors' own; `others` is what else they did since."""
+
+    at: float = field(default_factory=time.perf_counter)
+    worked: tuple[float, float] | None = field(default_factory=processor_seconds)
+
+    def others(self) -> float | None:
+        """How many processors other work has kept busy on average; None where the system does not say."""
+        now = processor_seconds()
+        if now is None or self.worked is None:
+            return None
+        all_of_it, own = now[0] - self.worked[0], now[1] - self.worked[1]
+        return max(0.0, all_of_it - own) / (time.perf_counter() - self.at)
+
+
+def describe_run(settings: Settings, start: Start | None = None) -> dict[str, Any]:
     """Device, versions, commit and settings, without the name of the machine or its user."""
     device = settings.device
     facts: dict[str, Any] = {
@@ -80,7 +97,7 @@ def describe_run(settings: Settings) -> dict[str, Any]:
         "quick": settings.quick,
         "peers": {name: _commit(path) for name, path in settings.peers.items()},
         "roof": {name: vars(measure_roof(device, dtype)) for name, dtype in _roof_dtypes(device).items()},
-        "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+        "others": None if start is None else start.others(),
     }
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)

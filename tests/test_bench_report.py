@@ -2,6 +2,9 @@
 
 import html.parser
 import json
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +13,10 @@ import pytest
 from fastchargpt.bench.charts import chart
 from fastchargpt.bench.report import to_html, to_markdown, write_report
 from fastchargpt.bench.runs import Row, Run, changes, load_run, rivalries
+from fastchargpt.bench.settings import Start
 from fastchargpt.cli.main import main
 from fastchargpt.errors import ConfigError
+from fastchargpt.machine import processor_seconds
 
 
 def entry(contest: str, contestant: str, median: float, *, spread: float = 0.05, **facts: Any) -> dict[str, Any]:
@@ -132,10 +137,24 @@ def test_the_page(tmp_path: Path) -> None:
     assert table.index("liar") < table.index("flex")  # what is wrong comes before what is absent
 
 
-@pytest.mark.parametrize(("load", "busy"), [(2.6, False), (3.4, True)])
-def test_other_work_on_the_machine_is_told_from_the_suites_own(tmp_path: Path, load: float, busy: bool) -> None:
-    run = load_run(save(tmp_path / "a.json", ENTRIES, load=load, threads=2))
+@pytest.mark.parametrize(("others", "busy"), [(0.1, False), (1.4, True), (None, False)])
+def test_other_work_on_the_machine_is_told(tmp_path: Path, others: float | None, busy: bool) -> None:
+    run = load_run(save(tmp_path / "a.json", ENTRIES, others=others))
     assert ("the machine was busy" in to_markdown([run])) == busy
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/stat")
+def test_a_childs_work_is_not_other_work() -> None:
+    start = Start()
+    time.sleep(0.3)
+    program = "import time\nwhile time.process_time() < 0.6: pass"
+    subprocess.run([sys.executable, "-c", program], check=True)
+    all_of_it, own = (now - then for now, then in zip(processor_seconds() or (), start.worked or (), strict=True))
+    assert own >= 0.5
+    assert all_of_it > own - 0.1  # which is what the machine says of all its processes
+    others = start.others()
+    assert others is not None
+    assert others >= 0
 
 
 def test_a_gpu_run_says_so(tmp_path: Path) -> None:

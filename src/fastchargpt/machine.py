@@ -6,7 +6,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
-__all__ = ["cpu_name", "first_line", "memory_bytes", "nvidia_driver"]
+__all__ = ["cpu_name", "first_line", "memory_bytes", "nvidia_driver", "processor_seconds"]
 
 
 def cpu_name() -> str:
@@ -41,3 +41,17 @@ def first_line(command: list[str]) -> str:
     except (OSError, subprocess.TimeoutExpired):
         return ""
     return done.stdout.splitlines()[0].strip() if done.returncode == 0 and done.stdout else ""
+
+
+def processor_seconds() -> tuple[float, float] | None:
+    """Seconds that all processors have worked since the machine's start, and those of this process and its children.
+
+    None where the system does not say.
+    """
+    try:
+        words = Path("/proc/stat").read_text().splitlines()[0].split()
+        user, nice, system, _, _, interrupts, soft, stolen = (int(word) for word in words[1:9])
+    except (OSError, ValueError, IndexError):
+        return None
+    at_work = (user + nice + system + interrupts + soft + stolen) / os.sysconf("SC_CLK_TCK")
+    return at_work, sum(os.times()[:4])
