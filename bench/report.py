@@ -95,8 +95,8 @@ def machine_lines(run: Run) -> list[str]:
     others = machine.get("others")
     if others is not None and others > BUSY and not gpu:
         lines.append(
-            f"the machine was busy: other work took {others:.1f} processors on average; compare within a contest, not with "
-            "other runs"
+            f"the machine was busy: other work took {others:.1f} processors on average; compare within a contest, not "
+            "with other runs"
         )
     return lines
 

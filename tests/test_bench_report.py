@@ -100,12 +100,22 @@ def test_rivals_compute_the_same(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("after", "spread", "verdict"),
-    [(1.0, 0.05, "same"), (1.5, 0.05, "slower"), (0.6, 0.05, "faster"), (1.5, 0.4, "same"), (1.04, 0.001, "same")],
+    ("after", "spread", "rounds", "verdict"),
+    [
+        (1.0, 0.05, 400, "same"),
+        (1.5, 0.05, 400, "slower"),
+        (0.6, 0.05, 400, "faster"),
+        (1.5, 0.4, 400, "same"),
+        (1.07, 0.001, 400, "same"),
+        (1.1, 0.001, 400, "slower"),
+        (1.1, 0.001, 5, "same"),
+        (0.8, 0.001, 5, "faster"),
+    ],
 )
-def test_changes_are_judged_by_band(tmp_path: Path, after: float, spread: float, verdict: str) -> None:
-    before = load_run(save(tmp_path / "a.json", [entry("x y", "z", 1.0, spread=spread), entry("x y", "gone", 1.0)]))
-    later = load_run(save(tmp_path / "b.json", [entry("x y", "z", after, spread=spread), entry("x y", "new", 1.0)]))
+def test_changes_are_judged_by_band(tmp_path: Path, after: float, spread: float, rounds: int, verdict: str) -> None:
+    words: dict[str, Any] = {"spread": spread, "rounds": rounds}
+    before = load_run(save(tmp_path / "a.json", [entry("x y", "z", 1.0, **words), entry("x y", "gone", 1.0)]))
+    later = load_run(save(tmp_path / "b.json", [entry("x y", "z", after, **words), entry("x y", "new", 1.0)]))
     (change,) = changes(before, later)
     assert (change.verdict, change.ratio) == (verdict, pytest.approx(after))
 
