@@ -12,7 +12,7 @@ from fastchargpt.errors import ConfigError
 __all__ = ["Change", "Row", "Run", "changes", "load_run", "rivalries"]
 
 # Medians closer than this are one and the same, whatever the bands say: two quiet runs of one commit, one after the
-# other, differed by up to 13 % at 5 rounds, where the bands say little of what differs from run to run.
+# other, had bands apart and medians up to 13 % apart at 5 rounds, which say little of what differs from run to run.
 LEAST_CHANGE, LEAST_CHANGE_QUICK, QUICK_ROUNDS = 0.08, 0.15, 11
 
 
