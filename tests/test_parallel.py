@@ -137,7 +137,7 @@ def test_the_numbers_are_those_of_one_process(name: str, tmp_path: Path) -> None
 def test_checkpoints_move(optimizer: str, tmp_path: Path) -> None:
     # one run, in lives of one process and two, by turns whole and in pieces; each stopped by a signal to one of them
     model = MODERN if optimizer == "muon" else MODEL
-    fields = dict(optimizer=optimizer, gradient_accumulation_steps=2, order="epochs", engine="torch")
+    fields = dict(optimizer=optimizer, gradient_accumulation_steps=2, order="epochs", engine="torch", ema_decay=0.8)
     expected = live(model, {**fields, "parallel": "none"})
     lives = [("none", 4), ("ddp", 7), ("fsdp", 9), ("ddp", 12), ("none", 14), ("fsdp", 17), ("none", None)]
     rows: Rows = []
