@@ -131,7 +131,6 @@ class Trainer:
             native=self.engine.native,
             deterministic=config.deterministic,
             sharded=sharded,
-            shared=self.parallel.mode != "none",
         )
         optimizer = make_optimizer(self.model, config)
         self.graph = choose_graph(
@@ -171,7 +170,14 @@ class Trainer:
         self._auto_compile = self._make_auto_compile() if self.compile.pending else None
 
     def _make_auto_compile(self) -> AutoCompile:
-        facts = (self.batches.batch_size, self.config.gradient_accumulation_steps, self.precision.name, self.graph.on)
+        config, world_size = self.config, self.parallel.world_size
+        facts = (
+            self.batches.batch_size,
+            config.gradient_accumulation_steps,
+            self.precision.name,
+            self.graph.on,
+            world_size,
+        )
         return AutoCompile(
             self.step,
             last=self.config.max_iters,
@@ -273,9 +279,18 @@ class Trainer:
                 loss = self._numbers.read()  # waits for the device, so the time below is true
                 now = time.perf_counter()
                 self._report_step(loss, (now - since) / steps_timed)
-                if self._auto_compile is not None:
-                    self._auto_compile.note(steps_timed, (now - since) / steps_timed)
+                self._weigh_compiling(steps_timed, (now - since) / steps_timed)
                 since, steps_timed = now, 0
+
+    def _weigh_compiling(self, steps: int, seconds: float) -> None:
+        """Under compile=auto: process 0 decides by its own times, and the others do as it does."""
+        if self._auto_compile is None:
+            return
+        if self.parallel.is_main:
+            self._auto_compile.note(steps, seconds)
+        on = bool(self.parallel.largest(self.step.compiled if self.parallel.is_main else 0))
+        if on != self.step.compiled:
+            self.step.compile(on)
 
     def _report_step(self, loss: float, seconds: float) -> None:
         if not self.parallel.is_main:
