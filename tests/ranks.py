@@ -34,7 +34,9 @@ def _be(rank: int, world_size: int, port: int, out: Path, act: Callable[..., Any
     out.write_bytes(pickle.dumps(found))
 
 
-def run_ranks(folder: Path, act: Callable[..., Any], *arguments: Any, world_size: int = 2) -> list[Any]:
+def run_ranks(
+    folder: Path, act: Callable[..., Any], *arguments: Any, world_size: int = 2, timeout: float = 300.0
+) -> list[Any]:
     """What `act(*arguments)` gives on each of the processes; None for one that ended without giving anything."""
     context = server()
     with socket.socket() as probe:
@@ -51,7 +53,7 @@ def run_ranks(folder: Path, act: Callable[..., Any], *arguments: Any, world_size
     for process in processes:
         process.start()
     for process in processes:
-        process.join(timeout=60)
+        process.join(timeout=timeout)
         if process.is_alive():
             process.kill()
     return [pickle.loads(out.read_bytes()) if out.exists() else None for out in outs]

@@ -18,7 +18,9 @@ COUNT = int(os.environ.get("FASTCHARGPT_SOAK_KILLS", "0"))
 SEED = int(os.environ.get("FASTCHARGPT_SOAK_SEED", "0"))
 BASE: dict[str, Any] = dict(max_iters=20 * COUNT or 40, eval_interval=3, log_interval=1)
 RUNS: dict[str, dict[str, Any]] = {
-    "epochs, accumulation, wsd": dict(order="epochs", gradient_accumulation_steps=2, schedule="wsd"),
+    "epochs, accumulation, wsd, averaged weights": dict(
+        order="epochs", gradient_accumulation_steps=2, schedule="wsd", ema_decay=0.8
+    ),
     "native, Muon, linear": dict(optimizer="muon", schedule="linear"),
     "random, cosine": dict(),
     "random, accumulation, linear, clipped": dict(gradient_accumulation_steps=3, schedule="linear", grad_clip=0.05),

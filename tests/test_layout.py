@@ -44,7 +44,7 @@ STAGES = [
     ["model"],
     ["optim", "precision", "parallel"],
     ["native_step"],
-    ["captured", "choices"],
+    ["averaging", "captured", "choices"],
     ["step", "evaluation"],
     ["compiling"],
     ["checkpoint"],

@@ -137,7 +137,7 @@ def test_the_numbers_are_those_of_one_process(name: str, tmp_path: Path) -> None
 def test_checkpoints_move(optimizer: str, tmp_path: Path) -> None:
     # one run, in lives of one process and two, by turns whole and in pieces; each stopped by a signal to one of them
     model = MODERN if optimizer == "muon" else MODEL
-    fields = dict(optimizer=optimizer, gradient_accumulation_steps=2, order="epochs", engine="torch")
+    fields = dict(optimizer=optimizer, gradient_accumulation_steps=2, order="epochs", engine="torch", ema_decay=0.8)
     expected = live(model, {**fields, "parallel": "none"})
     lives = [("none", 4), ("ddp", 7), ("fsdp", 9), ("ddp", 12), ("none", 14), ("fsdp", 17), ("none", None)]
     rows: Rows = []
@@ -251,6 +251,43 @@ def test_faults_reach_every_process(tmp_path: Path) -> None:
     ends = run_ranks(tmp_path / "ranks", faulty, "gone", tmp_path / "gone")
     assert ends[1] is None
     assert ends[0].startswith("TrainingError: another process of this run ended at step 7, ")
+
+
+def weigh(folder: Path) -> list[int]:
+    """The steps at which this process begins or ends compiling, where process 0 alone thinks much of it."""
+    from fastchargpt import compiling
+    from fastchargpt.step import TrainStep
+
+    os.environ["XDG_CACHE_HOME"] = str(folder)
+    gain = 0.0 if os.environ["RANK"] == "0" else 1e9
+    compiling.ELSEWHERE["cpu"] = compiling.CompileCost(seconds=gain, share=0.01, source="test")
+    changes: list[int] = []
+
+    def compile(step: TrainStep, on: bool = True) -> None:
+        if on or step.iteration:  # each step begins without
+            changes.append(step.iteration)
+        step._is_compiled = on
+
+    TrainStep.compile = compile  # type: ignore[method-assign]
+    config = dataclasses.replace(CONFIG, batch_size=6, engine="torch", eval_interval=100, max_iters=9, log_interval=2)
+    trainer = Trainer(MODEL, config, corpus(), log=lambda line: None)
+    with trainer.parallel:
+        trainer.run()
+    return changes
+
+
+def test_the_first_process_decides_on_compiling(tmp_path: Path) -> None:
+    main, other = run_ranks(tmp_path, weigh, tmp_path / "cache")
+    assert len(main) == 1
+    assert other == main
+
+
+@pytest.mark.skipif("FASTCHARGPT_SOAK_COMPILE" not in os.environ, reason="set FASTCHARGPT_SOAK_COMPILE: takes a minute")
+def test_a_compiled_pair_has_the_numbers_of_one_process(tmp_path: Path) -> None:
+    fields = dict(engine="torch", gradient_accumulation_steps=4, batch_size=8)
+    main, _ = run_ranks(tmp_path, live, MODEL, {**fields, "compile": "on"})
+    assert any(line.startswith("compile on") for line in main.lines)
+    assert_rows_equal(main.rows, live(MODEL, fields).rows)
 
 
 @pytest.mark.parametrize("max_batches", [None, 2])

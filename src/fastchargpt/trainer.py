@@ -131,7 +131,6 @@ class Trainer:
             native=self.engine.native,
             deterministic=config.deterministic,
             sharded=sharded,
-            shared=self.parallel.mode != "none",
         )
         optimizer = make_optimizer(self.model, config)
         self.graph = choose_graph(
@@ -152,6 +151,7 @@ class Trainer:
             compile=self.compile.on,
             engine="native" if self.engine.native else "torch",
             cuda_graph=self.graph.on,
+            ema_decay=config.ema_decay,
             parallel=self.parallel,
         )
         self._saves = Saves(
@@ -170,7 +170,14 @@ class Trainer:
         self._auto_compile = self._make_auto_compile() if self.compile.pending else None
 
     def _make_auto_compile(self) -> AutoCompile:
-        facts = (self.batches.batch_size, self.config.gradient_accumulation_steps, self.precision.name, self.graph.on)
+        config, world_size = self.config, self.parallel.world_size
+        facts = (
+            self.batches.batch_size,
+            config.gradient_accumulation_steps,
+            self.precision.name,
+            self.graph.on,
+            world_size,
+        )
         return AutoCompile(
             self.step,
             last=self.config.max_iters,
@@ -272,9 +279,18 @@ class Trainer:
                 loss = self._numbers.read()  # waits for the device, so the time below is true
                 now = time.perf_counter()
                 self._report_step(loss, (now - since) / steps_timed)
-                if self._auto_compile is not None:
-                    self._auto_compile.note(steps_timed, (now - since) / steps_timed)
+                self._weigh_compiling(steps_timed, (now - since) / steps_timed)
                 since, steps_timed = now, 0
+
+    def _weigh_compiling(self, steps: int, seconds: float) -> None:
+        """Under compile=auto: process 0 decides by its own times, and the others do as it does."""
+        if self._auto_compile is None:
+            return
+        if self.parallel.is_main:
+            self._auto_compile.note(steps, seconds)
+        on = bool(self.parallel.largest(self.step.compiled if self.parallel.is_main else 0))
+        if on != self.step.compiled:
+            self.step.compile(on)
 
     def _report_step(self, loss: float, seconds: float) -> None:
         if not self.parallel.is_main:
@@ -301,6 +317,13 @@ class Trainer:
 
     def _evaluate_and_save(self) -> None:
         self._numbers.read()
+        with self.step.averaged():
+            self._evaluate()
+        if not self.config.eval_only:
+            self._save_last()
+
+    def _evaluate(self) -> None:
+        """Both losses; where the validation loss is the lowest so far, the weights go to `best/`."""
         iteration, block_size = self.step.iteration, self.model.config.block_size
         train = evaluate(
             self.model,
@@ -327,10 +350,8 @@ class Trainer:
         improved = self.scores.note(val.loss, iteration)
         self._reporter.line(f"step {iteration}: train loss {train.loss:.4f}, val loss {val.loss:.4f}")
         self._reporter.figures({"train_loss": train.loss, "val_loss": val.loss}, iteration)
-        if not self.config.eval_only:
-            if improved:
-                self._saves.save_best()
-            self._save_last()
+        if improved and not self.config.eval_only:
+            self._saves.save_best()
 
     def _train_batches(self) -> int:
         """How many evaluation batches hold as many tokens as eval_iters training batches."""
