@@ -60,11 +60,7 @@ def random_case(seed: int) -> Case:
     tq = draw.choice((1, 2, 5, 15, 16, 17, 20, 33))
     tk = tq if draw.random() < 0.5 else draw.choice((1, 3, 16, 18, 32, 37))
     block_m, block_n = (64, 64) if plan == "tile" else draw.choice(((16, 16), (32, 16), (16, 32)))
-    causal = draw.random() < 0.7
-    # The one-launch backwards have neither a window nor a soft-cap.
-    window = draw.choice((None, None, 0, 1, 7, 16, 30)) if plan == "tiled" and causal else None
-    softcap = draw.choice((None, None, 0.7, 20.0)) if plan == "tiled" else None
-    return Case(
+    case = Case(
         plan=plan,
         dtype=draw.choice(tuple(DTYPES)),
         batch=draw.choice((1, 1, 1, 2)),
@@ -74,10 +70,8 @@ def random_case(seed: int) -> Case:
         tk=tk,
         head_dim=draw.choice((8, 16, 24, 32, 59)),
         scale=draw.choice((0.25, 0.25, 1.0, 0.0, -0.3)),
-        causal=causal,
+        causal=draw.random() < 0.7,
         dropout_p=draw.choice((0.0, 0.0, 0.0, 0.2, 0.9)),
-        window=window,
-        softcap=softcap,
         lse_gradient=draw.random() < 0.3,
         layout=draw.choice(LAYOUTS),
         gradient_layout=draw.choice(GRADIENT_LAYOUTS),
@@ -86,6 +80,10 @@ def random_case(seed: int) -> Case:
         decode=draw.random() < 0.3,
         seed=seed,
     )
+    if plan != "tiled":  # the one-launch backwards have neither a window nor a soft-cap
+        return case
+    window = draw.choice((None, None, 0, 1, 7, 16, 30)) if case.causal else None
+    return dataclasses.replace(case, window=window, softcap=draw.choice((None, None, 0.7, 20.0)))
 
 
 def lay_out(x: torch.Tensor, layout: str) -> torch.Tensor:
