@@ -372,6 +372,22 @@ def test_signals_save_and_exit(text: Path, tmp_path: Path, number: signal.Signal
     assert main(["sample", str(out / "last"), "--max_new_tokens=3"]) == 0
 
 
+def test_ctrl_c_leaves_the_text_so_far(trained: Path) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "fastchargpt", "sample", str(trained), "--max-new-tokens=100000000", "--seed=1"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    shown = process.stdout.read(50)
+    process.send_signal(signal.SIGINT)
+    rest, said = process.communicate(timeout=60)
+    assert (process.returncode, said) == (130, "")
+    assert (shown + rest).endswith("\n")
+    assert set(shown + rest) <= set(TEXT)
+
+
 def test_a_closed_pipe_is_quiet(trained: Path) -> None:
     process = subprocess.Popen(
         [sys.executable, "-m", "fastchargpt", "sample", str(trained), "--max_new_tokens=4000"],

@@ -95,6 +95,15 @@ def test_a_batch_gives_what_each_prompt_gives_alone(family, engine):
     assert len({found.text for found in together}) > 4
 
 
+def test_rows_that_stop_in_the_middle_of_a_native_call():
+    model = make_model("modern")
+    config = SamplingConfig(max_new_tokens=45, seed=40, num_samples=3, stop=("b", "fa"))
+    one, two = (generate(model, TOKENIZER, ["abc", "", "m"], config, engine) for engine in ENGINES)
+    assert one == two
+    assert {found.finish for found in one} == {"stop", "length"}
+    assert len({len(found.tokens) % AT_ONCE for found in one}) > 2
+
+
 def test_native_and_torch_write_the_same_text():
     model = make_model("modern")
     for knobs in ({}, {"temperature": 0.8, "top_k": 4}, {"top_p": 0.8}, {"banned": ("a",), "presence_penalty": 0.5}):

@@ -145,6 +145,54 @@ def test_drafting_changes_no_token(threads, name, knobs):
     assert torch.equal(reference, plain)
 
 
+def chi_square(counts, prob):
+    """How many standard deviations the statistic lies above its mean, cells that expect fewer than 5 taken as one."""
+    expected = prob * counts.sum()
+    rare = expected < 5
+    seen = torch.cat((counts[~rare], counts[rare].sum()[None])).double()
+    wanted = torch.cat((expected[~rare], expected[rare].sum()[None]))
+    freedom = len(seen) - 1
+    return (float(((seen - wanted) ** 2 / wanted).sum()) - freedom) / (2 * freedom) ** 0.5
+
+
+@torch.no_grad()
+def test_speculative_sampling_follows_the_models_distribution():
+    # two tokens after one, drawn with drafts, against the joint distribution by float64 passes without a cache
+    model, draws = make_model("modern", torch.float32), 20_000
+    exact = make_model("modern")
+    history = [1, 2, 3, 4]
+
+    def joint(temperature):
+        after = [exact(torch.tensor([[*history, *more]]))[0][0, -1] for more in ([], *([token] for token in range(V)))]
+        first, *second = ((logits / temperature).softmax(-1) for logits in after)
+        return (first[:, None] * torch.stack(second)).flatten()
+
+    engine, config = NativeEngine(model, 1, BLOCK, draft=True), SamplingConfig()
+    engine.fill([0], [history[:3]])
+    counts, refused = torch.zeros(V * V, dtype=torch.int64), 0
+    for u in torch.rand(draws, 1, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(7)):
+        tokens = [token for (token,) in engine.decode([0], [4], [3], V, config, u)]
+        if len(tokens) == 1:
+            refused += 1
+            tokens += engine.decode([0], tokens, [4], V, config, u[:, 1:])[0]
+        counts[tokens[0] * V + tokens[1]] += 1
+    assert refused > 9, "next to no draft was refused: nothing was tried"
+    assert chi_square(counts, joint(1.0)) < 4
+    assert chi_square(counts, joint(1.05)) > 4
+
+
+@torch.inference_mode()
+def test_a_model_made_in_inference_mode_is_decoded():
+    # its tensors have no version counter to tell a change by
+    model = make_model("nanogpt", torch.float32)
+    config = SamplingConfig(max_new_tokens=8, temperature=0)
+    for _ in range(2):
+        native = generate_tokens(model, START, config)
+        assert torch.equal(native, generate_tokens(model, START, config, EngineConfig(engine="torch")))
+        for parameter in model.parameters():
+            parameter.mul_(-1.3)
+
+
 def test_drafts_that_are_all_wrong_change_no_token():
     # the drafting copy is made of another model's weights: what it drafts is refused nearly every time
     model, other = make_model("modern", torch.float32), make_model("modern", torch.float32, seed=9)

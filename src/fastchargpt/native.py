@@ -176,7 +176,8 @@ def _packed(model: GPT, *, wide: bool, narrow: bool) -> NativeModel:
     """The packed weights, packed anew only where the weights changed."""
     config = model.config
     threads = max(1, min(torch.get_num_threads(), 4 * model.get_num_params() // BYTES_PER_THREAD))
-    state = tuple((p.data_ptr(), p._version) for p in model.parameters())
+    # tensors made in inference mode do not count their changes: a new object equals no other
+    state = tuple(object() if p.is_inference() else (p.data_ptr(), p._version) for p in model.parameters())
     found = _cache.get(model)
     if found is not None:
         before, (had_wide, had_narrow), packed = found

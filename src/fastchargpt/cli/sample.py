@@ -72,9 +72,11 @@ def run(argv: Sequence[str]) -> int:
     elif config.num_samples == 1:
         pieces = stream(model, tokenizer, prompt, config, command.engine)  # says what is wrong before a word is shown
         _show(prompt)
-        for piece in pieces:
-            _show(piece)
-        _show("\n")
+        try:
+            for piece in pieces:
+                _show(piece)
+        finally:  # after Ctrl-C too: the text so far stays, and ends its line
+            _show("\n")
     else:
         for generation in generate(model, tokenizer, prompt, config, command.engine):
             print(f"{prompt}{generation.text}\n{SEPARATOR}", flush=True)
