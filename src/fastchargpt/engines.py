@@ -12,8 +12,8 @@ from fastchargpt.sampling import SamplingConfig
 
 __all__ = ["EngineConfig", "can_draw", "make_engine"]
 
-# Drafting pays where the fp32 weights do not stay in the processor's cache and their int8 copy does; below this a pass
-# over them costs little more than one over the copy: at 4 x 128 (3 MB) drafting lost, at 6 x 384 (43 MB) it gained.
+# Drafting pays where a pass over the fp32 weights takes much longer than one over their int8 copy: at 4 x 128 (3 MB) it
+# gained nothing, at 6 x 384 (43 MB) it was 1.9 times as fast.
 DRAFT_BYTES = 16 * 2**20
 # packing int8 weights takes as long as this many tokens
 DRAFT_TOKENS = 32
@@ -31,8 +31,8 @@ class EngineConfig:
 
     # native: one C++ call per token, for float32 models on a CPU; torch: everywhere; auto: native where it serves
     engine: Literal["auto", "native", "torch"] = "auto"
-    # int8 decodes with rounded weights: faster where fp32 does not fit the cache, at a loss (under 0.001 bits per
-    # character for a 4 x 128 model of tiny shakespeare)
+    # int8 decodes with rounded weights: faster, at a loss (under 0.001 bits per character for models of 4 x 128 and of
+    # 6 x 384 trained on tiny shakespeare)
     weights: Literal["model", "int8"] = "model"
     # draft tokens with int8 weights and let the fp32 weights judge several at once; the text is the same either way
     speculate: Literal["auto", "on", "off"] = "auto"
