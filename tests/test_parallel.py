@@ -150,6 +150,14 @@ def test_checkpoints_move(optimizer: str, tmp_path: Path) -> None:
     assert_rows_equal(rows, expected.rows)
 
 
+def test_an_evaluation_leaves_no_weights_behind(tmp_path: Path) -> None:
+    # averaged weights are evaluated, and the next step is taken on the run's own; no save comes between that would cut
+    # the weights into pieces again
+    fields = dict(engine="torch", ema_decay=0.8)
+    main, _ = run_ranks(tmp_path, live, MODEL, {**fields, "parallel": "fsdp"})
+    assert_rows_equal(main.rows, live(MODEL, fields).rows)
+
+
 @pytest.mark.parametrize("mode", ["ddp", "fsdp"])
 def test_a_resumed_pair_is_bit_equal(mode: str, tmp_path: Path) -> None:
     # dropout included: the generators of both processes are kept

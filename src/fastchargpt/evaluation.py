@@ -81,5 +81,7 @@ def evaluate(
                     sums[1] += targets
     finally:
         model.train(was_training)
+        if parallel is not None:
+            parallel.settle(model)
     total, count = (sums if parallel is None else parallel.total(sums)).tolist()
     return Evaluation(loss=total / count, tokens=int(count))

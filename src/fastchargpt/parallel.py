@@ -169,6 +169,14 @@ class Parallel:
             fully_shard(block, mesh=mesh)
         fully_shard(model, mesh=mesh)
 
+    def settle(self, model: nn.Module) -> None:
+        """Under fsdp, let go of the weights that a forward pass without a backward pass leaves gathered.
+
+        The next pass would take them for the present ones, whatever has become of the pieces.
+        """
+        if self.mode == "fsdp":
+            model.reshard()  # type: ignore[operator]
+
     def replicate(self, model: nn.Module, *, native: bool) -> nn.Module:
         """Under ddp, process 0's weights for all, and what to call in the model's place; else the model itself.
 
