@@ -57,6 +57,11 @@ VARIANTS: tuple[Variant, ...] = (
     Variant(name="random offsets, in place of shuffled epochs", train=dict(order="random")),
     Variant(name="cosine, in place of a linear fall", train=dict(schedule="cosine")),
     Variant(name="the rate falls in the last 40 % only", train=dict(schedule="wsd", cooldown_fraction=0.4)),
+    Variant(
+        name="with averaged weights, the rate falling to part of it",
+        train=dict(ema_decay=0.95),
+        tries=_rates("min_lr", (2e-3, 4e-3, 8e-3)),
+    ),
     Variant(name="with 20 steps of warm-up", train=dict(warmup_iters=20)),
     Variant(name="with weight decay of 0.1", train=dict(weight_decay=0.1)),
     Variant(name="with clipping at 1", train=dict(grad_clip=1.0)),
