@@ -35,6 +35,7 @@ BOTH = {"window": 9, "softcap": 1.5}
         {"window": 20, "tq": 50, "tk": 33, "heads": 2, "kv_heads": 1},
         {"window": 40, "tq": 60, "tk": 60, "dropout_p": 0.3},
         {"window": 3, "tq": 5, "tk": 60},
+        {"window": 3, "tq": 5, "tk": 60, "dropout_p": 0.3},  # its mask counts the keys that nobody sees
         {"window": 30, "tq": 20, "tk": 64, "softcap": 2.0, "scale": -0.4},
         {"softcap": 0.5, "causal": False, "lse_gradient": True},
         {"softcap": 50.0, "scale": 1.0},
