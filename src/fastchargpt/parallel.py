@@ -249,7 +249,10 @@ def open_parallel(mode: Literal["auto", "ddp", "fsdp", "none"] = "auto", device:
     launched = "RANK" in os.environ and "WORLD_SIZE" in os.environ
     if not launched and (world_size > 1 or mode in ("ddp", "fsdp")):
         asked = f"WORLD_SIZE is {world_size}" if world_size > 1 else f"parallel={mode} shares a run among processes"
-        raise ConfigError(f"{asked}, and no launcher gave this one a RANK: start it with torchrun --nproc-per-node=N")
+        alone = "" if world_size > 1 else ", or say --parallel=auto"
+        raise ConfigError(
+            f"{asked}, and no launcher gave this one a RANK: start it with torchrun --nproc-per-node=N{alone}"
+        )
     if mode == "none" and world_size > 1:
         raise ConfigError(
             f"parallel=none would make {world_size} runs of the same kind in one out dir: leave it out, or start "
