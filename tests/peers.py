@@ -12,14 +12,14 @@ __all__ = ["ROOT", "checkout", "peer"]
 ROOT = Path(__file__).parents[1]
 
 
-def peer(name: str) -> Any:
-    """A package of the `integrations` extra; the test is skipped without it."""
+def peer(name: str, install: str = "'fastchargpt[integrations]'") -> Any:
+    """A package, of the `integrations` extra unless another is named; the test is skipped without it."""
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
         if error.name != name.split(".")[0]:
             raise
-        pytest.skip(f"{name} is not installed (pip install 'fastchargpt[integrations]')", allow_module_level=True)
+        pytest.skip(f"{name} is not installed (pip install {install})", allow_module_level=True)
 
 
 def checkout(variable: str) -> Path:

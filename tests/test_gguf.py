@@ -117,7 +117,7 @@ def _ask(address: str, path: str, **body: Any) -> Any:
 
 @pytest.mark.parametrize("name", CASES)
 def test_llama_cpp_runs_it(name: str, tmp_path: Path) -> None:
-    xllamacpp = peer("xllamacpp")
+    xllamacpp = peer("xllamacpp", "xllamacpp")
     path, model, idx, _ = put(name, tmp_path)
     text, tokens = CASES[name][3], idx[0].tolist()
     asked = xllamacpp.CommonParams()
