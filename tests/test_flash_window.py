@@ -254,9 +254,10 @@ def test_explain_says_what_becomes_of_them() -> None:
 @pytest.mark.parametrize("dtype", ["half", "fp32"])
 @pytest.mark.parametrize("arch", known_archs())
 def test_every_table_serves_windows_and_soft_caps(arch: str, dtype: str) -> None:
-    """At every head_dim that it serves without them, but for dropout in fp32, which is nobody's way to train."""
+    """At every head_dim that it serves without them, but for dropout in fp32 and beside the widest heads on gfx942."""
     entries = [e for e in load_table(arch) if e.dtype == dtype]
     for head_dim in sorted({e.head_dim for e in entries}):
         for dropout in (False, True) if dtype == "half" else (False,):
             plan_for(arch, dtype, head_dim, 1000, dropout)
-            plan_for(arch, dtype, head_dim, 1000, dropout, True)
+            if (arch, head_dim, dropout) != ("gfx942", 256, True):  # no registers for all three: SDPA, with the reason
+                plan_for(arch, dtype, head_dim, 1000, dropout, True)
