@@ -49,7 +49,7 @@ bench-compare: $(VENV)/.installed-dev  ## measure again and compare with BASE=ea
 	$(BIN)/fastchargpt bench compare $(BASE) bench.json
 
 clean:  ## remove everything that make made
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks bench.json bench.html bench.md src/*.egg-info
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks bench.json bench.html bench.md src/*.egg-info kernels/*.so
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/bin/python:

@@ -35,8 +35,10 @@ class BuildNative(build_ext):
         name = ext.name.rpartition(".")[2]
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
-        for old in target.parent.glob(f"{name}-*.so"):
-            old.unlink()
+        for folder in (target.parent, KERNELS):  # what earlier sources left, which nothing would load any more
+            for old in folder.glob(f"{name}-*.so"):
+                if old.name != target.name:
+                    old.unlink()
         try:
             compiler.build_library(KERNELS / f"{name}.cpp", target, compiler.NATIVE[name])
         except compiler.CompilerError as error:
