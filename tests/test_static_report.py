@@ -16,6 +16,8 @@ from strict_interpreter import strict_interpreter
 from textbook_backward import textbook_backward
 from work_counter import LaunchWork, LoopWork
 
+from fastchargpt.kernels.tuning import known_archs
+
 
 def report_of(target="sm_80", warps=4, loops=(), **rest):
     """A report that holds these instructions, the loops' among them."""
