@@ -12,7 +12,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-__all__ = ["NATIVE", "CompilerError", "build_library", "library_name"]
+__all__ = ["NATIVE", "CompilerError", "build_library", "find_compiler", "library_name"]
 
 # the files that are compiled, by name, and what messages call them
 NATIVE = {"cpu_decode": "the native decoder", "cpu_train": "the native training step"}
@@ -30,6 +30,12 @@ def library_name(source: Path) -> str:
     return f"{source.stem}-{key[:24]}.so"
 
 
+def find_compiler() -> str | None:
+    """The path of the C++ compiler: what CXX names, else c++, g++ or clang++; None where there is none."""
+    named = os.environ.get("CXX", "")
+    return shutil.which(named) if named else next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
+
+
 def build_library(source: Path, target: Path, what: str) -> None:
     """Compile `source` for the machine that this is, to `target`, whose folder exists.
 
@@ -41,9 +47,9 @@ def build_library(source: Path, target: Path, what: str) -> None:
     """
     if os.name != "posix":
         raise CompilerError(f"{what} needs a POSIX system, and this is {platform.system()}")
-    named = os.environ.get("CXX", "")
-    compiler = shutil.which(named) if named else next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
+    compiler = find_compiler()
     if compiler is None:
+        named = os.environ.get("CXX", "")
         raise CompilerError(
             f"{what} needs a C++ compiler, and there is no {named or 'c++, g++ or clang++'} on the path"
         )

@@ -4,11 +4,11 @@ import dataclasses
 
 import pytest
 import torch
+from native_library import require
 
 from fastchargpt import GPT, GPTConfig
 from fastchargpt.decode import DecodeSession, TorchEngine, resolve_context
 from fastchargpt.errors import SamplingError
-from fastchargpt.kernels.cpu_decode import library
 from fastchargpt.layers import rope_tables
 from fastchargpt.native import NativeEngine, native_problem
 
@@ -47,8 +47,7 @@ def make_model(name, dtype=torch.float64, seed=0):
 def make_engine(kind, model, batch_size, positions):
     if kind == "torch":
         return TorchEngine(model, batch_size, positions)
-    if problem := native_problem(model):
-        pytest.skip(problem)
+    require(native_problem(model))
     return NativeEngine(model, batch_size, positions)
 
 
@@ -178,12 +177,3 @@ def test_the_oracle_of_the_band_sees_one_position_more_or_less():
     expected = banded(model, tokens, BLOCK)
     for width in (BLOCK - 1, BLOCK + 1):
         assert (banded(model, tokens, width) - expected).abs().max() > 1e-3
-
-
-def test_the_native_library_is_built_here():
-    # every other native test skips without it: say so loudly where a compiler is at hand
-    import shutil
-
-    if not any(map(shutil.which, ("c++", "g++", "clang++"))):
-        pytest.skip("no C++ compiler on the path")
-    library()

@@ -7,6 +7,7 @@ import warnings
 
 import pytest
 import torch
+from native_library import require
 from test_decode import BLOCK, FAMILIES, V, make_model
 
 from fastchargpt import GPT, GPTConfig
@@ -25,8 +26,7 @@ START = torch.tensor([[1, 2, 3]])
 
 @pytest.fixture(autouse=True)
 def _needs_the_library():
-    if problem := native_problem(make_model("nanogpt", torch.float32)):
-        pytest.skip(problem)
+    require(native_problem(make_model("nanogpt", torch.float32)))
 
 
 @pytest.fixture(autouse=True)

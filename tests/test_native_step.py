@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from native_library import require
 
 from fastchargpt import GPT, GPTConfig, TrainConfig, make_train_step, native_step
 from fastchargpt.batches import place_tokens
@@ -75,8 +76,7 @@ def assert_near(found, expected, tolerance):
 
 @pytest.fixture(autouse=True)
 def _needs_the_library():
-    if problem := native_step_problem(make_model()):
-        pytest.skip(problem)
+    require(native_step_problem(make_model()))
 
 
 @pytest.fixture(params=[1, 3])

@@ -39,7 +39,8 @@ def test_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
         if path.suffix in (".py", ".json", ".cpp", ".h")
     }
     assert {f"fastchargpt/kernels/{name}" for name in tracked} <= set(names)
-    for source in cpu_compiler.NATIVE:  # compiled for the machine that built the wheel
+    # compiled for the machine that built the wheel, where it has a compiler
+    for source in cpu_compiler.NATIVE if cpu_compiler.find_compiler() else ():
         assert f"fastchargpt/kernels/{cpu_compiler.library_name(ROOT / 'kernels' / f'{source}.cpp')}" in names
 
 
@@ -68,8 +69,9 @@ assert fastchargpt.kernels.__file__.startswith({packages!r}), fastchargpt.kernel
 import torch
 model = fastchargpt.GPT(fastchargpt.GPTConfig(n_layer=1, n_head=2, n_embd=8, block_size=4, vocab_size=5))
 print(model.generate(torch.zeros(1, 1, dtype=torch.long), 3).shape)
-from fastchargpt.kernels import cpu_decode, cpu_train
-cpu_decode.library(), cpu_train.library()
+from fastchargpt.kernels import cpu_compiler, cpu_decode, cpu_train
+if cpu_compiler.find_compiler():
+    cpu_decode.library(), cpu_train.library()
 """
     done = subprocess.run([python, "-c", program], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
