@@ -82,8 +82,12 @@ def entrants(shape: Shape, what: Pass, dtype: torch.dtype, device: torch.device)
 
     def build(name: str) -> Contestant:
         entry = CONTESTANTS[name](inputs[0])
+        # from one packed qkv to (B, T, C) and back is more work than from heads apart: only those are rivals
+        layout = {"match": "packed"} if entry.packed is not None else {}
         return Contestant(
-            call=_timed(entry, inputs, what), check=lambda: _judge(entry, inputs), facts={**facts, "side": _side(name)}
+            call=_timed(entry, inputs, what),
+            check=lambda: _judge(entry, inputs),
+            facts={**facts, "side": _side(name), **layout},
         )
 
     return {name: functools.partial(build, name) for name in CONTESTANTS}
@@ -153,10 +157,21 @@ def _packed(q: Tensor) -> Entry:
     """Our Triton kernels on the projection's own layout, which they read in place."""
     _ours("triton")(q)
     heads = q.shape[1]
+    return _from_packed(lambda qkv: causal_attention_packed(qkv, heads, backend="triton"), heads)
+
+
+def _sdpa_packed(q: Tensor) -> Entry:
+    """torch's SDPA in a model, as nanoGPT has it: views of the projection, and a copy of the result."""
+    heads = q.shape[1]
 
     def packed(qkv: Tensor) -> Tensor:
-        return causal_attention_packed(qkv, heads, backend="triton")
+        apart = (x.unflatten(2, (heads, -1)).transpose(1, 2) for x in qkv.chunk(3, dim=2))
+        return F.scaled_dot_product_attention(*apart, is_causal=True).transpose(1, 2).flatten(2)
 
+    return _from_packed(packed, heads)
+
+
+def _from_packed(packed: Callable[[Tensor], Tensor], heads: int) -> Entry:
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         out = packed(torch.cat([x.transpose(1, 2).flatten(2) for x in (q, k, v)], dim=2))
         heads_apart: Tensor = out.unflatten(2, (heads, -1)).transpose(1, 2)
@@ -221,6 +236,7 @@ CONTESTANTS: dict[str, Callable[[Tensor], Entry]] = {
     "sdpa-flash": _sdpa("FLASH_ATTENTION"),
     "sdpa-efficient": _sdpa("EFFICIENT_ATTENTION"),
     "sdpa-cudnn": _sdpa("CUDNN_ATTENTION"),
+    "sdpa-packed": _sdpa_packed,
     "triton": _ours("triton"),
     "triton-tiled": _tiled,
     "triton-packed": _packed,

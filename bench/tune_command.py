@@ -46,6 +46,7 @@ def run_tune(
         ConfigError: a head_dim that no shipped table serves, or a file that cannot be gone on from or written.
     """
     device = choose_device(device_name)
+    ahead = rig is None
     if rig is None:
         _refuse_what_cannot_be_timed(device)
         from fastchargpt.bench.tune_launches import GpuRig
@@ -63,8 +64,16 @@ def run_tune(
     if session.set_aside:
         print(session.set_aside)
     print(f"tuning {gpu or arch}: {len(wanted)} places, into {path}", flush=True)
+    if ahead:
+        from fastchargpt.bench.tune_compile import compile_ahead
+
+        try:
+            compile_ahead([place for place in wanted if session.lacks(place)], arch, device, _say)
+        except KeyboardInterrupt:
+            _say("stopped while compiling: nothing new has been measured; the same command goes on")
+            return 130
     try:
-        finished = tune(session, wanted, rig, lambda line: print(line, flush=True))
+        finished = tune(session, wanted, rig, _say)
     except OSError as error:
         raise ConfigError(
             f"the table {path} cannot be written: {error.strerror or error}; --out names another"
@@ -76,6 +85,10 @@ def run_tune(
         if path.resolve() not in {user_path(arch, name).resolve() for name in {gpu, ""}}:
             print(f"the kernels will read it as {user_path(arch, gpu)}, or in a folder that {USER_FOLDER} names")
     return 0 if finished else 130
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
 
 
 def _refuse_what_cannot_be_timed(device: torch.device) -> None:

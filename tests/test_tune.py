@@ -13,6 +13,7 @@ from fastchargpt.attention import explain_attention
 from fastchargpt.bench import tune_command, tune_space
 from fastchargpt.bench.tune import BrokenDevice, Session, measure, summary, tune
 from fastchargpt.bench.tune_command import run_tune
+from fastchargpt.bench.tune_compile import compile_ahead, jobs
 from fastchargpt.bench.tune_launches import GpuRig
 from fastchargpt.bench.tune_space import Place, candidates, places
 from fastchargpt.cli.main import main
@@ -268,6 +269,26 @@ def test_without_a_gpu_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "training", "--tune"]) == 2
     with pytest.raises(ConfigError, match="nothing to tune"):
         run_tune("cpu", dtypes=["half"], head_dims=[512], rig=Pretend(FAST))
+
+
+def test_what_is_compiled_ahead_is_what_the_tuner_asks_for() -> None:
+    everywhere = list(places(["half", "fp32"], [64, 32]))
+    rig = Pretend(FAST)
+    for place in everywhere:
+        measure(rig, place, ARCH)
+    asked = {config for what, plan in rig.checked for config in configs(plan, what)}
+    ahead = jobs(everywhere, ARCH)
+    assert asked == {config for job in ahead for config in configs(job.plan, job.what)}
+    known = {(job.place.dtype, job.place.head_dim, job.place.dropout, configs(job.plan, job.what)) for job in ahead}
+    assert len(known) == len(ahead), "a candidate would be compiled twice"
+
+
+def test_compiling_ahead_leaves_what_fails_to_the_tuner() -> None:
+    """On a CPU no candidate can be launched: the processes say nothing, and the tuner will."""
+    said: list[str] = []
+    compile_ahead(PLACES[:1], ARCH, torch.device("cpu"), said.append, workers=2)
+    (line,) = said
+    assert line == f"compiling {len(jobs(PLACES[:1], ARCH))} candidates with 2 processes"
 
 
 def test_every_candidate_is_a_launch_and_none_is_named_twice() -> None:
