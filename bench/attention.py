@@ -165,8 +165,8 @@ def _sdpa_packed(q: Tensor) -> Entry:
     heads = q.shape[1]
 
     def packed(qkv: Tensor) -> Tensor:
-        apart = (x.unflatten(2, (heads, -1)).transpose(1, 2) for x in qkv.chunk(3, dim=2))
-        return F.scaled_dot_product_attention(*apart, is_causal=True).transpose(1, 2).flatten(2)
+        q, k, v = (x.unflatten(2, (heads, -1)).transpose(1, 2) for x in qkv.chunk(3, dim=2))
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
 
     return _from_packed(packed, heads)
 

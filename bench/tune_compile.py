@@ -53,8 +53,10 @@ def jobs(places: Iterable[Place], arch: str) -> list[Job]:
 
 
 def _with(shipped: Plan, config: Config, arch: str, place: Place) -> Plan:
-    if config.kernel in ("forward", "decode"):
-        return dataclasses.replace(shipped, **{config.kernel: config})
+    if config.kernel == "forward":
+        return dataclasses.replace(shipped, forward=config)
+    if config.kernel == "decode":
+        return dataclasses.replace(shipped, decode=config)
     if config.kernel in ("tile", "blocks"):
         return dataclasses.replace(shipped, backward=(config,))
     first, second = plan_for(arch, place.dtype, place.head_dim, 2**30, place.dropout).backward
