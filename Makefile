@@ -19,8 +19,8 @@ train: $(VENV)/.installed  ## train a small GPT on the default corpus, then samp
 test: $(VENV)/.installed-dev  ## the whole test suite
 	$(BIN)/python -m pytest -n auto --dist worksteal $(ARGS)
 
-test-gpu: $(VENV)/.installed-dev  ## the tests that need a GPU
-	$(BIN)/python -m pytest -m gpu $(ARGS)
+test-gpu: $(VENV)/.installed-dev  ## the tests that need a GPU; most of their time is compiling, so several run at once
+	$(BIN)/python -m pytest -m gpu -n auto --maxprocesses 8 --dist worksteal $(ARGS)
 
 KILLS  ?= 50
 INPUTS ?= 100000
