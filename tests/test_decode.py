@@ -138,6 +138,20 @@ def test_rows_that_ended_do_not_disturb_the_others(kind, rule):
     torch.testing.assert_close(logits[0].double(), expected.double(), rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.parametrize("name", ["nanogpt", "modern"])
+@pytest.mark.parametrize("prompts", [[[1, 2, 3], [4]], [[1, 2, 3]]], ids=["two", "one"])
+@torch.no_grad()
+def test_under_autocast_it_is_what_one_pass_under_autocast_gives(name, prompts):
+    model = make_model(name, torch.float32)
+    session = DecodeSession(TorchEngine(model, len(prompts), 40), BLOCK, "rechunk", prompts)
+    with torch.autocast("cpu", torch.bfloat16):
+        session.start()
+        logits = session.advance(range(len(prompts)), [7] * len(prompts))
+        for row, prompt in enumerate(prompts):
+            expected = model(torch.tensor([[*prompt, 7]]))[0][0, -1]
+            assert (logits[row] - expected).abs().max() < 0.05 * expected.abs().max()
+
+
 def test_a_block_of_one_token_works_under_every_rule():
     torch.manual_seed(0)
     model = GPT(dataclasses.replace(FAMILIES["modern"], block_size=1)).double().eval()

@@ -1,7 +1,7 @@
 """One token after another: the key/value cache, its rules past block_size, and the engine in plain torch.
 
-Shapes in names: B sequences, T tokens, C channels (n_embd), P packed channels of q, k and v, H heads, D channels per
-head, S slots of the cache, V vocabulary.
+Shapes in names: B sequences, T tokens, C channels (n_embd), H heads, D channels per head, S slots of the cache,
+V vocabulary.
 
 **Past block_size** the context follows one of three rules (`SamplingConfig.context`):
 
@@ -16,18 +16,20 @@ A prompt longer than block_size is first cut to its last block_size tokens, unde
 """
 
 from collections.abc import Sequence
-from typing import Literal, Protocol
+from dataclasses import dataclass
+from typing import Literal, Protocol, Self
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from fastchargpt.cache import KVCache
+from fastchargpt.decode_step import Place, decode_step, place_at
 from fastchargpt.errors import SamplingError
-from fastchargpt.layers import ACTIVATIONS, NORM_EPS, Block, LayerNorm, rope_tables, rotate
+from fastchargpt.layers import rope_tables
 from fastchargpt.model import GPT
+from fastchargpt.sampling import SamplingConfig
 
-__all__ = ["DecodeSession", "Engine", "TorchEngine", "resolve_context"]
+__all__ = ["DecodeMemory", "DecodeSession", "DrawingEngine", "Engine", "TorchEngine", "resolve_context"]
 
 
 class Engine(Protocol):
@@ -43,25 +45,66 @@ class Engine(Protocol):
         """Append a token to each row at its position: logits (len(rows), V). Other rows' caches may be spoiled."""
 
 
-class TorchEngine:
-    """Decoding in torch operations, on any device and in any precision: the reference, and the fallback.
+class DrawingEngine(Engine, Protocol):
+    """An engine that also draws, for the knobs that `can_draw` allows: several tokens of each row in one call."""
 
-    A step is written out by hand over the model's weights: at one token, module calls cost more than arithmetic.
-    """
+    @property
+    def at_once(self) -> int:
+        """How many tokens of a row `decode` should draw in one call, and the most that it can."""
 
-    def __init__(self, model: GPT, batch_size: int, positions: int) -> None:
-        """Allocate the cache for `batch_size` sequences and tables for `positions` positions."""
-        config = model.config
-        self.model, self.config = model, config
-        weight = model.lm_head.weight
-        self.device, self.dtype = weight.device, weight.dtype
-        self.cache = KVCache(config, batch_size, device=self.device, dtype=self.dtype)
-        self.batch_size = batch_size
-        self.rope: Tensor | None = None
+    def draw(self, logits: Tensor, vocab_size: int, config: SamplingConfig, u: Tensor) -> list[int]:
+        """Draw from what `fill` or `step` returned, by a uniform number (rows,) float64 for each."""
+
+    def decode(
+        self,
+        rows: Sequence[int],
+        tokens: Sequence[int],
+        positions: Sequence[int],
+        vocab_size: int,
+        config: SamplingConfig,
+        u: Tensor,
+    ) -> list[list[int]]:
+        """Append a token to each row and draw up to N more by u (rows, N) float64: the rows' tokens, step by step.
+
+        They are the same that as many calls of `step` and `draw` would have given.
+        """
+
+
+@dataclass(frozen=True)
+class DecodeMemory:
+    """The tensors that decoding in torch works on."""
+
+    cache: KVCache
+    # tables of every position that there may be, (2, P, D / 2); None for learned positions
+    rope: Tensor | None
+    # 0 .. B - 1 and 0 .. block_size - 1
+    rows: Tensor
+    slots: Tensor
+
+    @classmethod
+    def allocate(cls, model: GPT, batch_size: int, positions: int) -> Self:
+        """For `batch_size` sequences that reach `positions` positions, on the model's device and in its dtype."""
+        config, weight = model.config, model.lm_head.weight
+        rope = None
         if config.position == "rope":
-            self.rope = rope_tables(max(positions, config.block_size), config.head_dim, config.rope_base, self.device)
-        self._rows = torch.arange(batch_size, device=self.device)
-        self._slots = torch.arange(config.block_size, device=self.device)
+            rope = rope_tables(max(positions, config.block_size), config.head_dim, config.rope_base, weight.device)
+        return cls(
+            cache=KVCache(config, batch_size, device=weight.device, dtype=weight.dtype),
+            rope=rope,
+            rows=torch.arange(batch_size, device=weight.device),
+            slots=torch.arange(config.block_size, device=weight.device),
+        )
+
+
+class TorchEngine:
+    """Decoding in torch operations, on any device and in any precision: the reference, and the fallback."""
+
+    def __init__(self, model: GPT, batch_size: int, positions: int, memory: DecodeMemory | None = None) -> None:
+        """Take the memory for `batch_size` sequences that reach `positions` positions, or allocate it."""
+        self.model, self.config, self.batch_size = model, model.config, batch_size
+        self.memory = memory or DecodeMemory.allocate(model, batch_size, positions)
+        self.cache, weight = self.memory.cache, model.lm_head.weight
+        self.device, self.dtype = weight.device, weight.dtype
 
     def fill(self, rows: Sequence[int], windows: Sequence[Sequence[int]], *, keep: bool = True) -> Tensor:
         """See `Engine`. Shorter windows are padded on the right, where causality hides the padding."""
@@ -91,61 +134,16 @@ class TorchEngine:
         return self._step(tokens, positions)
 
     def _step(self, tokens: Sequence[int], positions: Sequence[int]) -> Tensor:
-        config, parts = self.config, self.model.transformer
-        size = config.block_size
+        size = self.config.block_size
         seen = min(max(positions) + 1, size)
-        at: Tensor | slice
-        slot: Tensor | int
-        rows: Tensor | slice
-        mask = None
         if len(set(positions)) == 1:
-            at, slot, rows = slice(positions[0], positions[0] + 1), positions[0] % size, slice(None)
+            first = positions[0]
+            place = Place(at=slice(first, first + 1), slot=first % size, rows=slice(None), seen=seen, mask=None)
         else:
-            at = at_B = torch.tensor(positions, device=self.device)
-            slot, rows = at_B % size, self._rows
-            mask = (self._slots[:seen] <= at_B[:, None])[:, None, None]
-        x_BC = parts.wte.weight[torch.tensor(tokens, device=self.device)]
-        rope = None
-        if self.rope is not None:
-            rope = self.rope[:, at]
-        elif parts.wpe is not None:
-            x_BC = x_BC + parts.wpe.weight[at]
-        heads, kv_heads = config.n_head, config.kv_heads
-        for layer, block in enumerate(parts.h):
-            assert isinstance(block, Block)
-            qkv_BHD = F.linear(self._norm(x_BC, block.ln_1), block.attn.c_attn.weight, block.attn.c_attn.bias)
-            qkv_BHD = qkv_BHD.view(len(tokens), heads + 2 * kv_heads, config.head_dim)
-            if config.qk_norm or rope is not None:
-                qk_BHD = qkv_BHD[:, : heads + kv_heads]
-                if config.qk_norm:
-                    qk_BHD = F.rms_norm(qk_BHD, (config.head_dim,), eps=NORM_EPS)
-                if rope is not None:
-                    # each sequence is a position of its own to `rotate`
-                    qk_BHD = rotate(qk_BHD[None], rope)[0]
-                q_BHD, k_BHD = qk_BHD[:, :heads], qk_BHD[:, heads:]
-            else:
-                q_BHD, k_BHD = qkv_BHD[:, :heads], qkv_BHD[:, heads : heads + kv_heads]
-            k_BHSD, v_BHSD = self.cache.kv_L2BHSD[layer, 0], self.cache.kv_L2BHSD[layer, 1]
-            k_BHSD[rows, :, slot] = k_BHD
-            v_BHSD[rows, :, slot] = qkv_BHD[:, heads + kv_heads :]
-            y_BHTD = F.scaled_dot_product_attention(
-                q_BHD.unsqueeze(2),
-                k_BHSD[:, :, :seen],
-                v_BHSD[:, :, :seen],
-                attn_mask=mask,
-                enable_gqa=heads != kv_heads,
-            )
-            x_BC = x_BC + F.linear(y_BHTD.flatten(1), block.attn.c_proj.weight, block.attn.c_proj.bias)
-            h_BC = F.linear(self._norm(x_BC, block.ln_2), block.mlp.c_fc.weight, block.mlp.c_fc.bias)
-            h_BC = ACTIVATIONS[config.activation](h_BC)
-            x_BC = x_BC + F.linear(h_BC, block.mlp.c_proj.weight, block.mlp.c_proj.bias)
-        return self.model.logits(self._norm(x_BC, parts.ln_f))
-
-    def _norm(self, x_BC: Tensor, norm: torch.nn.Module) -> Tensor:
-        shape = (self.config.n_embd,)
-        if isinstance(norm, LayerNorm):
-            return F.layer_norm(x_BC, shape, norm.weight, norm.bias, NORM_EPS)
-        return F.rms_norm(x_BC, shape, eps=NORM_EPS)
+            at_B = torch.tensor(positions, device=self.device)
+            place = place_at(at_B, self.memory.rows, self.memory.slots, seen, self.dtype)
+        tokens_B = torch.tensor(tokens, device=self.device)
+        return decode_step(self.model, self.cache.kv_L2BHSD, self.memory.rope, tokens_B, place)
 
 
 class DecodeSession:
