@@ -1,22 +1,25 @@
-"""Which engine decodes: `auto` takes the native one where it serves and says once why where it does not."""
+"""Which engine decodes: `auto` takes the one made for the device and says once why where that does not serve."""
 
 import warnings
 from dataclasses import dataclass
 from typing import Literal
 
-from fastchargpt.decode import Engine, TorchEngine
+from fastchargpt.decode import DrawingEngine, Engine, TorchEngine
 from fastchargpt.errors import BackendUnavailableError, SamplingError
+from fastchargpt.graph_engine import GraphEngine, graph_problem
 from fastchargpt.model import GPT
 from fastchargpt.native import NativeEngine, native_problem
 from fastchargpt.sampling import SamplingConfig
 
-__all__ = ["EngineConfig", "can_draw", "make_engine"]
+__all__ = ["EngineConfig", "can_draw", "drawing_engine", "make_engine"]
 
 # Drafting pays where a pass over the fp32 weights takes much longer than one over their int8 copy: at 4 x 128 (3 MB) it
 # gained nothing, at 6 x 384 (43 MB) it was 1.9 times as fast.
 DRAFT_BYTES = 16 * 2**20
 # packing int8 weights takes as long as this many tokens
 DRAFT_TOKENS = 32
+# fewer tokens than these do not earn the capture of a graph, which takes about as long as two steps without one
+GRAPH_TOKENS = 8
 
 _said: set[str] = set()
 
@@ -29,8 +32,9 @@ class EngineConfig:
         SamplingError: a value is not one of its choices, or two contradict each other.
     """
 
-    # native: one C++ call per token, for float32 models on a CPU; torch: everywhere; auto: native where it serves
-    engine: Literal["auto", "native", "torch"] = "auto"
+    # native: one C++ call per token, for float32 models on a CPU; graph: one CUDA graph per token, on a GPU; torch:
+    # everywhere; auto: native or graph where it serves
+    engine: Literal["auto", "native", "graph", "torch"] = "auto"
     # int8 decodes with rounded weights: faster, at a loss (under 0.001 bits per character for models of 4 x 128 and of
     # 6 x 384 trained on tiny shakespeare)
     weights: Literal["model", "int8"] = "model"
@@ -39,7 +43,7 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         for name, choices in (
-            ("engine", ("auto", "native", "torch")),
+            ("engine", ("auto", "native", "graph", "torch")),
             ("weights", ("model", "int8")),
             ("speculate", ("auto", "on", "off")),
         ):
@@ -47,13 +51,13 @@ class EngineConfig:
                 raise SamplingError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
         if self.weights == "int8" and self.speculate == "on":
             raise SamplingError("speculate='on' drafts for the model's own weights: drop it or weights='int8'")
-        if self.engine == "torch" and (self.weights == "int8" or self.speculate == "on"):
+        if self.engine in ("graph", "torch") and (self.weights == "int8" or self.speculate == "on"):
             name = "weights='int8'" if self.weights == "int8" else "speculate='on'"
-            raise SamplingError(f"{name} needs the native engine: drop it or engine='torch'")
+            raise SamplingError(f"{name} needs the native engine: drop it or engine={self.engine!r}")
 
 
 def can_draw(config: SamplingConfig) -> bool:
-    """Whether the native code has all the knobs that are on: temperature and top_k."""
+    """Whether an engine that draws has all the knobs that are on: temperature and top_k."""
     return (
         config.top_p in (None, 1)
         and config.min_p in (None, 0)
@@ -70,22 +74,45 @@ def make_engine(model: GPT, config: EngineConfig, sampling: SamplingConfig, batc
     """The engine for `batch_size` sequences that reach `positions` tokens.
 
     Raises:
-        BackendUnavailableError: the native engine was asked for and cannot serve; with the reason.
+        BackendUnavailableError: the native engine or the graph engine was asked for and cannot serve; with the reason.
         SamplingError: speculate="on" with more than one sequence, or knobs that it cannot judge.
     """
     explicit = config.engine == "native" or config.weights == "int8" or config.speculate == "on"
+    cuda = model.lm_head.weight.device.type == "cuda"
     if config.engine == "torch":
         return TorchEngine(model, batch_size, positions)
+    if config.engine == "graph" or (cuda and not explicit):
+        return _on_cuda(model, config.engine == "graph", sampling, batch_size, positions)
     if (problem := native_problem(model)) is not None:
         if explicit:
             raise BackendUnavailableError(f"{problem}: take engine='torch'")
-        if model.lm_head.weight.device.type == "cpu" and problem not in _said:
-            _said.add(problem)
-            warnings.warn(f"{problem}; decoding in torch, which is slower", RuntimeWarning, stacklevel=2)
+        if model.lm_head.weight.device.type == "cpu":
+            _say_slower(problem)
         return TorchEngine(model, batch_size, positions)
     return NativeEngine(
         model, batch_size, positions, int8=config.weights == "int8", draft=_drafts(model, config, sampling, batch_size)
     )
+
+
+def drawing_engine(engine: Engine, config: SamplingConfig) -> DrawingEngine | None:
+    """The engine, where it can draw for these knobs by itself."""
+    return engine if isinstance(engine, (NativeEngine, GraphEngine)) and can_draw(config) else None
+
+
+def _on_cuda(model: GPT, explicit: bool, sampling: SamplingConfig, batch_size: int, positions: int) -> Engine:
+    if (problem := graph_problem(model)) is not None:
+        if explicit:
+            raise BackendUnavailableError(f"{problem}: take engine='torch'")
+        _say_slower(problem)
+    elif explicit or sampling.max_new_tokens >= GRAPH_TOKENS:
+        return GraphEngine(model, batch_size, positions, strict=explicit)
+    return TorchEngine(model, batch_size, positions)
+
+
+def _say_slower(problem: str) -> None:
+    if problem not in _said:
+        _said.add(problem)
+        warnings.warn(f"{problem}; decoding in torch, which is slower", RuntimeWarning, stacklevel=3)
 
 
 def _drafts(model: GPT, config: EngineConfig, sampling: SamplingConfig, batch_size: int) -> bool:

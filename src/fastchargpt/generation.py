@@ -18,10 +18,9 @@ import torch
 from torch import Tensor
 
 from fastchargpt.decode import DecodeSession, resolve_context
-from fastchargpt.engines import EngineConfig, can_draw, make_engine
+from fastchargpt.engines import EngineConfig, drawing_engine, make_engine
 from fastchargpt.errors import SamplingError, TokenizerError
 from fastchargpt.model import GPT
-from fastchargpt.native import NativeEngine
 from fastchargpt.sampling import Sampler, SamplingConfig
 from fastchargpt.stopping import StopFilter
 from fastchargpt.tokenizers import Tokenizer
@@ -264,7 +263,7 @@ class _Run:
         total = max(map(len, prompts)) + config.max_new_tokens
         self._engine = make_engine(model, engine or EngineConfig(), config, self.batch_size, total)
         self._session = DecodeSession(self._engine, model.config.block_size, self._context, prompts)
-        self._native = self._engine if isinstance(self._engine, NativeEngine) and can_draw(config) else None
+        self._drawing = drawing_engine(self._engine, config)
 
     def finish(self, row: int) -> None:
         """Draw no more for this row."""
@@ -310,17 +309,17 @@ class _Run:
 
         A row that ends among them has drawn the rest in vain: its tokens and its cache are not read any more.
         """
-        native = self._native
-        if native is None:
+        drawing = self._drawing
+        if drawing is None:
             return []
         windows = [self._session.windows[row] for row in rows]
         longest = max(map(len, windows))
         room = left if self._context == "slide" else self._session.block_size - longest
-        count = min(native.at_once, left, room)
+        count = min(drawing.at_once, left, room)
         if count < 2:
             return []
         u = self._sampler.peek_uniforms(count)
-        drawn = native.decode(rows, tokens, list(map(len, windows)), self.vocab_size, self.config, u)
+        drawn = drawing.decode(rows, tokens, list(map(len, windows)), self.vocab_size, self.config, u)
         for step in drawn:
             self._check(step)
         self._sampler.use_uniforms(len(drawn))
@@ -329,9 +328,9 @@ class _Run:
         return drawn
 
     def _draw(self, logits: Tensor, rows: list[int]) -> list[int]:
-        if self._native is not None:
+        if self._drawing is not None:
             u = self._sampler.peek_uniforms(1)[:, 0]
-            tokens = self._native.draw(logits, self.vocab_size, self.config, u)
+            tokens = self._drawing.draw(logits, self.vocab_size, self.config, u)
             self._sampler.use_uniforms(1)
         else:
             # a model padded to a round vocabulary has logits for tokens that the tokenizer does not have

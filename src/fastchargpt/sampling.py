@@ -261,14 +261,24 @@ class Sampler:
 
     def __call__(self, logits: Tensor) -> Tensor:
         """(B, V) -> tokens (B,) int64; remembers them where a penalty needs it."""
-        logits = self.shape(logits)
-        if self.greedy:
-            tokens = logits.argmax(dim=-1)
-        else:
-            tokens = draw(logits, self.peek_uniforms(1)[:, 0])
+        u = None
+        if not self.greedy:
+            u = self.peek_uniforms(1)[:, 0]
             self.use_uniforms(1)
+        tokens = self.choose(logits, u)
         self.record(tokens)
         return tokens
+
+    def choose(self, logits: Tensor, u: Tensor | None) -> Tensor:
+        """(B, V) and uniform numbers (B,) -> tokens (B,) int64; a greedy sampler asks for none.
+
+        Nothing is read back and nothing remembered. Where the logits are not finite the token may be V, which is none.
+        """
+        logits = self.shape(logits)
+        if self.greedy:
+            return logits.argmax(dim=-1)
+        assert u is not None
+        return draw(logits, u)
 
     def record(self, tokens: Tensor) -> None:
         """Count tokens (B,) that were drawn elsewhere, for the penalties."""
