@@ -6,6 +6,7 @@ are nearly always right.
 """
 
 import contextlib
+import copy
 import functools
 import io
 from collections.abc import Callable
@@ -38,13 +39,16 @@ ENGINES = {
     "fastchargpt-int8": EngineConfig(weights="int8"),
     "fastchargpt-torch": EngineConfig(engine="torch"),
 }
-CONTESTANTS = ("fastchargpt", *ENGINES, "uncached", "peer-nanogpt")
+# on a GPU: weights in bf16, and nanoGPT under the autocast of its sample.py; the others compute in fp32
+BF16 = ("fastchargpt-bf16", "peer-nanogpt-bf16")
+CONTESTANTS = ("fastchargpt", *ENGINES, "uncached", "peer-nanogpt", *BF16)
 # of nanoGPT's sample.py
 TEMPERATURE, TOP_K = 0.8, 200
 # tokens for each of 64 sequences: fewer than for one, or nanoGPT would take minutes; longer texts would suit it less
 MANY = 100
-# How far below the likeliest a token's logit may lie: ties that fp32 cannot tell apart, or that int8 weights may turn.
-TIE, TIE_INT8 = 1e-3, 0.3
+# How far below the likeliest a token's logit may lie: ties that fp32 cannot tell apart, or that int8 or bf16 weights
+# may turn.
+TIE, TIE_ROUNDED = 1e-3, 0.3
 # what int8 weights may cost, in bits per token
 INT8_BITS = 0.01
 
@@ -92,7 +96,7 @@ def errands(settings: Settings) -> list[Errand]:
 def entrants(errand: Errand, settings: Settings) -> dict[str, Callable[[], Contestant]]:
     """Everybody with the same weights and the same prompt, a newline."""
     lent = functools.cache(errand.weights)
-    floor = functools.cache(lambda: _least_seconds(lent().model, errand, settings))
+    floor = functools.cache(lambda dtype: _least_seconds(lent().model, errand, settings, dtype))
 
     def build(name: str) -> Contestant:
         weights = lent()
@@ -105,23 +109,23 @@ def entrants(errand: Errand, settings: Settings) -> dict[str, Callable[[], Conte
         facts: dict[str, Any] = {
             "tokens": errand.batch * errand.tokens,
             "side": side,
-            # int8 weights are another model's, all but: not to be ranked against fp32
-            "match": "int8" if name == "fastchargpt-int8" else "",
+            # int8 weights are another model's, all but: not to be ranked against fp32, and neither is bf16
+            "match": "int8" if name == "fastchargpt-int8" else "bf16" if name in BF16 else "",
             "weights": weights.about,
-            "floor_s": floor(),
+            "floor_s": floor(torch.bfloat16 if name in BF16 else torch.float32),
         }
         if name == "fastchargpt-drafts" and errand.batch == 1 and native_problem(weights.model) is None:
             facts["tokens_per_pass"] = _tokens_per_pass(weights.model, errand.tokens)
-        exact = name != "fastchargpt-int8"
+        exact = name not in ("fastchargpt-int8", *BF16)
         with contextlib.suppress(Absent):
             if name in ("fastchargpt-plain", "fastchargpt-int8"):
-                facts["bits_per_token"] = bits_per_token(weights, int8=not exact)
+                facts["bits_per_token"] = bits_per_token(weights, int8=name == "fastchargpt-int8")
                 facts["bits_above_fp32"] = facts["bits_per_token"] - bits_per_token(weights, int8=False)
 
         def check() -> str | None:
             if facts.get("bits_above_fp32", 0.0) > INT8_BITS:
                 return f"int8 weights cost {facts['bits_above_fp32']:.4f} bits a token"
-            return _judge(weights.model, write(1.0, 1), prompt, errand.tokens, TIE if exact else TIE_INT8)
+            return _judge(weights.model, write(1.0, 1), prompt, errand.tokens, TIE if exact else TIE_ROUNDED)
 
         return Contestant(call=lambda: write(TEMPERATURE, TOP_K), check=check, facts=facts)
 
@@ -133,7 +137,11 @@ def _writer(
 ) -> Callable[[float, int], Tensor]:
     """A call with temperature and top_k."""
     tokens = errand.tokens
-    if name == "fastchargpt":
+    if name in BF16 and settings.device.type != "cuda":
+        raise Absent("bf16 is compared on a GPU")
+    if name == "fastchargpt-bf16":
+        model = copy.deepcopy(model).bfloat16()
+    if name in ("fastchargpt", "fastchargpt-bf16"):
         return lambda temperature, top_k: model.generate(prompt, tokens, temperature=temperature, top_k=top_k)
     if name in ENGINES:
 
@@ -156,7 +164,13 @@ def _writer(
     with contextlib.redirect_stdout(io.StringIO()):
         peer = nanogpt_model(settings.peers["nanogpt"], model.config).to(settings.device).eval()
     peer.load_state_dict(model.state_dict())
-    return lambda temperature, top_k: peer.generate(prompt, tokens, temperature=temperature, top_k=top_k)  # type: ignore[operator]
+
+    def theirs(temperature: float, top_k: int) -> Tensor:
+        with torch.autocast(settings.device.type, torch.bfloat16, enabled=name in BF16):
+            written: Tensor = peer.generate(prompt, tokens, temperature=temperature, top_k=top_k)  # type: ignore[operator]
+        return written
+
+    return theirs
 
 
 def _nanogpt_shape(config: GPTConfig) -> dict[str, Any]:
@@ -180,7 +194,7 @@ def _tokens_per_pass(model: GPT, tokens: int) -> float:
     return (len(drawn) - 1) / passes
 
 
-def _least_seconds(model: GPT, errand: Errand, settings: Settings) -> float:
+def _least_seconds(model: GPT, errand: Errand, settings: Settings, dtype: torch.dtype) -> float:
     """The time of reading weights and cache once for each token, or of their products where that is more.
 
     Bytes a second are those of the fastest sum of as many in one go, operations a second those of large matrix
@@ -188,14 +202,14 @@ def _least_seconds(model: GPT, errand: Errand, settings: Settings) -> float:
     """
     config, device = model.config, settings.device
     parameters = model.get_num_params()
-    kv_bytes = 8 * config.n_layer * config.kv_heads * config.head_dim  # of a token
+    kv_bytes = 2 * dtype.itemsize * config.n_layer * config.kv_heads * config.head_dim  # of a token
     mean = (errand.tokens + 1) / 2
-    bytes_read = 4 * parameters + errand.batch * mean * kv_bytes
+    bytes_read = dtype.itemsize * parameters + errand.batch * mean * kv_bytes
     attention = 4 * config.n_layer * config.n_embd * mean
     flops = errand.batch * (2 * parameters + attention)
     source = torch.zeros(int(bytes_read) // 4, device=device)
     timing = race({"read": source.sum}, device, seconds=0.3, min_rounds=5, max_rounds=200)["read"]
-    return errand.tokens * max(min(timing.seconds), flops / measure_roof(device).flops)
+    return errand.tokens * max(min(timing.seconds), flops / measure_roof(device, dtype).flops)
 
 
 @torch.no_grad()
