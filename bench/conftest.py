@@ -57,6 +57,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--peer", action="append", default=[], help="nanogpt=PATH or lecture=PATH: a checkout to compare with"
     )
+    group.addoption("--seconds", type=float, help="time for one contest (default: 3, or 0.5 with --quick)")
     group.addoption("--model", help="a checkpoint to generate with, in place of models trained on the spot")
 
 
@@ -70,6 +71,7 @@ def pytest_configure(config: pytest.Config) -> None:
             quick=config.getoption("--quick"),
             peers=config.getoption("--peer"),
             model=config.getoption("--model"),
+            seconds=config.getoption("--seconds"),
         )
     except FastchargptError as error:
         raise pytest.UsageError(str(error)) from None

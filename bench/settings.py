@@ -1,5 +1,6 @@
 """What a run of the suite is asked to do, and the facts that its results are labelled with."""
 
+import math
 import os
 import platform
 import subprocess
@@ -33,11 +34,13 @@ class Settings:
     peers: Mapping[str, Path] = field(default_factory=dict)
     # a checkpoint to generate with, in place of models trained here
     model: Path | None = None
+    # time for one contest; None is 3, and 0.5 where it is quick
+    patience: float | None = None
 
     @property
     def seconds(self) -> float:
         """Time for one contest."""
-        return 0.5 if self.quick else 3.0
+        return self.patience if self.patience is not None else 0.5 if self.quick else 3.0
 
     @property
     def rounds(self) -> int:
@@ -128,9 +131,13 @@ def _commit(folder: Path) -> str:
     return first_line(["git", "-C", str(folder), "rev-parse", "--short=12", "HEAD"])
 
 
-def settings_from(*, device: str, quick: bool, peers: list[str], model: str | None = None) -> Settings:
+def settings_from(
+    *, device: str, quick: bool, peers: list[str], model: str | None = None, seconds: float | None = None
+) -> Settings:
     """The settings that the command line's words mean."""
+    if seconds is not None and not 0.0 <= seconds < math.inf:
+        raise ConfigError(f"--seconds is the time for one contest and must not be negative, and it is {seconds:g}")
     folder = None if model is None else Path(model).expanduser()
     if folder is not None and not folder.is_dir():
         raise ConfigError(f"--model needs a run's out dir or a checkpoint's folder, and {model!r} is none")
-    return Settings(device=choose_device(device), quick=quick, peers=parse_peers(peers), model=folder)
+    return Settings(device=choose_device(device), quick=quick, peers=parse_peers(peers), model=folder, patience=seconds)

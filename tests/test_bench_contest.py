@@ -17,6 +17,7 @@ from fastchargpt.bench.settings import Settings
 from fastchargpt.bench.weights import Weights, bits_per_token
 from fastchargpt.cli.main import main
 from fastchargpt.config import GPTConfig
+from fastchargpt.errors import ConfigError
 from fastchargpt.kernels import sdpa
 from fastchargpt.model import GPT
 
@@ -203,6 +204,15 @@ def test_a_peer_that_does_not_load_is_absent(tmp_path: Path) -> None:
     assert settings.parse_peers([f"nanogpt={tmp_path}"]) == {"nanogpt": tmp_path}
 
 
+def test_the_time_for_a_contest() -> None:
+    assert [Settings(device=CPU, quick=quick).seconds for quick in (False, True)] == [3.0, 0.5]
+    chosen = settings.settings_from(device="cpu", quick=True, peers=[], seconds=0.25)
+    assert chosen.seconds == 0.25
+    for wrong in (-1.0, math.inf, math.nan):
+        with pytest.raises(ConfigError, match="--seconds is the time for one contest"):
+            settings.settings_from(device="cpu", quick=True, peers=[], seconds=wrong)
+
+
 def test_a_run_is_described_without_names(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(settings, "measure_roof", lambda *_: contest.Result())
     facts = settings.describe_run(Settings(device=CPU, quick=True))
@@ -219,7 +229,8 @@ def test_the_suite_writes_what_the_report_reads(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)  # pytest-benchmark measures nothing under xdist
-    assert main(["bench", "batches", "--quick", "--device=cpu", f"--out={out}"]) == 0
+    words = ["bench", "batches", "--quick", "--device=cpu", f"--out={out}"]
+    assert main([*words, "--seconds=0.2", "--only=random or epochs or slice"]) == 0
     assert f"saved {out}" in capfd.readouterr().out
     run = load_run(out)
     assert {row.contestant for row in run.rows} == {"random", "epochs", "slice-and-stack"}

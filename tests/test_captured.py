@@ -382,8 +382,10 @@ def test_on_a_gpu_it_equals_the_plain_step(optimizer: str, precision: Any, compi
     assert captured.captured is not None
     assert captured.captured.problem is None
     assert captured.captured.captured == 1
+    # Muon's bfloat16 iteration makes much of a gradient's last bit, which cuBLAS does not repeat on another stream
+    tolerance = 2e-2 if precision == "bf16" else 1e-3 if optimizer == "muon" else 1e-5
     if dropout == 0.0:  # a graph may take its random draws in another order
-        assert found == pytest.approx(expected, abs=1e-5 if precision == "fp32" else 2e-2)
+        assert found == pytest.approx(expected, abs=tolerance)
     assert all(math.isfinite(loss) for loss in found)
     state, weights = copy.deepcopy(captured.state_dict()), copy.deepcopy(captured.model.state_dict())
     on = run(captured, data)
@@ -391,7 +393,7 @@ def test_on_a_gpu_it_equals_the_plain_step(optimizer: str, precision: Any, compi
     again.model.load_state_dict(weights)
     again.load_state_dict(state)
     if dropout == 0.0:
-        assert run(again, data) == pytest.approx(on, abs=1e-5 if precision == "fp32" else 2e-2)
+        assert run(again, data) == pytest.approx(on, abs=tolerance)
 
 
 @pytest.mark.gpu

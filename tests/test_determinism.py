@@ -121,7 +121,7 @@ print(hashlib.sha256(b"".join(p.detach().cpu().numpy().tobytes() for p in traine
 """
     environment = {
         **os.environ,
-        "PYTHONPATH": str(Path(__file__).parent),
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]),
         "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
     }
     digests = {

@@ -15,7 +15,7 @@ from fastchargpt.errors import BackendUnavailableError, ConfigError, nearest
 __all__ = ["run"]
 
 SUBJECTS = ("attention", "training", "generation", "tokenizers", "batches", "samplers")
-USAGE = """fastchargpt bench [SUBJECT ...] [--quick] [--device D] [--peer nanogpt=PATH] [--out FILE.json]
+USAGE = """fastchargpt bench [SUBJECT ...] [--quick] [--device D] [--peer nanogpt=PATH] [--only WORDS] [--out FILE.json]
        fastchargpt bench attention --tune [--head-dim D ...] [--dtype half|fp32 ...] [--again] [--out FILE.json]
        fastchargpt bench speedrun [CORPUS ...] [--peer nanogpt=PATH] [--rounds N] [--seeds N] [--out FILE.json]
        fastchargpt bench report A.json [B.json] [--out report.html]
@@ -52,6 +52,10 @@ def _suite(words: Sequence[str]) -> int:
     parser.add_argument(
         "--model", metavar="FOLDER", help="a checkpoint to generate with, in place of models trained here"
     )
+    parser.add_argument("--seconds", type=float, help="time for one contest (default: 3, or 0.5 with --quick)")
+    parser.add_argument(
+        "--only", metavar="WORDS", help="contests whose names hold these, as pytest's -k: 'bf16 and backward'"
+    )
     parser.add_argument("--out", type=Path, default=Path("bench.json"), help="the results (default: %(default)s)")
     options = parser.parse_args(words)
     for subject in options.subjects:
@@ -67,7 +71,9 @@ def _suite(words: Sequence[str]) -> int:
     from fastchargpt.bench.settings import settings_from
 
     # mistakes end here, in one sentence
-    settings_from(device=options.device, quick=options.quick, peers=options.peer, model=options.model)
+    settings_from(
+        device=options.device, quick=options.quick, peers=options.peer, model=options.model, seconds=options.seconds
+    )
     folder = Path(fastchargpt.bench.__path__[0])
     files = [str(folder / f"test_bench_{subject}.py") for subject in options.subjects or SUBJECTS]
     command = [sys.executable, "-m", "pytest", "-q", "-rfE", "-p", "no:cacheprovider", "-c", os.devnull]
@@ -78,7 +84,8 @@ def _suite(words: Sequence[str]) -> int:
         *(["--quick"] if options.quick else []),
     ]
     command += [*(f"--peer={peer}" for peer in options.peer)]
-    command += [*([f"--model={options.model}"] if options.model else []), *files]
+    command += [f"--{name}={value}" for name in ("model", "seconds") if (value := getattr(options, name)) is not None]
+    command += [*(["-k", options.only] if options.only else []), *files]
     with tempfile.TemporaryDirectory() as storage:  # pytest-benchmark makes its folder even where nothing goes into it
         status = subprocess.run([*command, f"--benchmark-storage={Path(storage).as_uri()}"]).returncode
     if options.out.is_file():
