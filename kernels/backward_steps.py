@@ -13,7 +13,11 @@ import triton.language as tl
 from .philox_tile import keep_tile
 from .tiles import causal_mask, exponent, exponential, load_rows, load_tile, tanh_of_scores, window_mask
 
-__all__ = ["delta_of_rows", "dkdv_of_block", "dq_of_block", "lse_of_rows"]
+__all__ = ["ROWS_AT_ONCE", "delta_of_rows", "dkdv_of_block", "dq_of_block", "keep_rows", "lse_of_rows", "padded_rows"]
+
+# The first launch leaves lse and delta as the second wants them: exponents, and so many rows a head that no block of
+# rows ends outside. The second's inner loop then neither masks nor mends them, and loads several at once.
+ROWS_AT_ONCE = tl.constexpr(128)
 
 
 @triton.jit
@@ -30,6 +34,25 @@ def lse_of_rows(lse_head, start_m, tq, like, BLOCK_M: tl.constexpr):
     """The rows' log-sum-exp as exponents, [BLOCK_M], +inf (probability 0) for rows not there or that see nothing."""
     lse = load_rows(lse_head, start_m, tq, float("inf"), BLOCK_M)
     return tl.where(lse == float("-inf"), float("inf"), exponent(lse, like))
+
+
+@triton.jit
+def padded_rows(tq):
+    """Rows of a head in the scratch of the two launches: tq rounded up to whole blocks of the largest kind."""
+    return tl.cdiv(tq, ROWS_AT_ONCE) * ROWS_AT_ONCE
+
+
+@triton.jit
+def keep_rows(lse_head, delta_head, lse, delta, start_m, tq, BLOCK_M: tl.constexpr):
+    """Store a block's lse (exponents, +inf for rows not there) and delta (0), and after the last block the padding."""
+    rows = start_m + tl.arange(0, BLOCK_M)
+    tl.store(lse_head + rows, lse)
+    tl.store(delta_head + rows, delta)
+    if start_m + BLOCK_M >= tq:
+        rest = start_m + BLOCK_M + tl.arange(0, ROWS_AT_ONCE)
+        there = rest < padded_rows(tq)
+        tl.store(lse_head + rest, tl.full((ROWS_AT_ONCE,), float("inf"), dtype=tl.float32), mask=there)
+        tl.store(delta_head + rest, tl.zeros((ROWS_AT_ONCE,), dtype=tl.float32), mask=there)
 
 
 @triton.jit
@@ -199,20 +222,22 @@ def _dkdv_step(
     NEGATE: tl.constexpr,
     DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
+    RAGGED: tl.constexpr,
     INLINE_DELTA: tl.constexpr,
     HAS_DLSE: tl.constexpr,
 ):
     """One block of queries, m .. m + BLOCK_M; the scores are held transposed, keys first."""
-    q = load_tile(q_head, m, stride_qt, stride_qd, tq, BLOCK_M, HEAD_DIM, BLOCK_D, True)
+    q = load_tile(q_head, m, stride_qt, stride_qd, tq, BLOCK_M, HEAD_DIM, BLOCK_D, RAGGED)
     if NEGATE:
         q = -q
-    dout = load_tile(dout_head, m, stride_dot, stride_dod, tq, BLOCK_M, HEAD_DIM, BLOCK_D, True)
-    lse = lse_of_rows(lse_head, m, tq, q, BLOCK_M)
+    dout = load_tile(dout_head, m, stride_dot, stride_dod, tq, BLOCK_M, HEAD_DIM, BLOCK_D, RAGGED)
     if INLINE_DELTA:
-        out = load_tile(out_head, m, stride_ot, stride_od, tq, BLOCK_M, HEAD_DIM, BLOCK_D, True)
+        lse = lse_of_rows(lse_head, m, tq, q, BLOCK_M)
+        out = load_tile(out_head, m, stride_ot, stride_od, tq, BLOCK_M, HEAD_DIM, BLOCK_D, RAGGED)
         delta = delta_of_rows(out, dout, dlse_head, m, tq, BLOCK_M, HAS_DLSE)
-    else:
-        delta = load_rows(delta_head, m, tq, 0.0, BLOCK_M)
+    else:  # from keep_rows
+        lse = tl.load(lse_head + m + tl.arange(0, BLOCK_M))
+        delta = tl.load(delta_head + m + tl.arange(0, BLOCK_M))
     scores_t = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
     if softcap is None:
         p_t = exponential(scores_t * scale - lse[None, :], q)
@@ -277,10 +302,15 @@ def dkdv_of_block(
     NEGATE: tl.constexpr,
     DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
+    RAGGED: tl.constexpr,
     INLINE_DELTA: tl.constexpr,
     HAS_DLSE: tl.constexpr,
 ):
-    """Add one query head's part to dk / |scale| and dv of a block of keys, [BLOCK_N, BLOCK_D]."""
+    """Add one query head's part to dk / |scale| and dv of a block of keys, [BLOCK_N, BLOCK_D].
+
+    RAGGED: tq is no multiple of BLOCK_M. INLINE_DELTA: lse_head holds what the forward wrote, and delta is computed
+    from out; else both are from `keep_rows`.
+    """
     stop = tq
     if window is not None:
         # The last row that sees the last key, and the end of the blocks of which every row sees the first one.
@@ -298,7 +328,7 @@ def dkdv_of_block(
                 dk, dv, k, v, q_head, dout_head, out_head, lse_head, delta_head, dlse_head, seed_ptr, batch, head,
                 start_n, m, stride_qt, stride_qd, stride_dot, stride_dod, stride_ot, stride_od, tq, tk,
                 scale, threshold, keep_scale, window, softcap, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, CAUSAL, True,
-                NEGATE, DROPOUT, PRECISION, INLINE_DELTA, HAS_DLSE,
+                NEGATE, DROPOUT, PRECISION, RAGGED, INLINE_DELTA, HAS_DLSE,
             )  # fmt: skip
     else:
         full = 0
@@ -309,7 +339,7 @@ def dkdv_of_block(
                 dk, dv, k, v, q_head, dout_head, out_head, lse_head, delta_head, dlse_head, seed_ptr, batch, head,
                 start_n, m, stride_qt, stride_qd, stride_dot, stride_dod, stride_ot, stride_od, tq, tk,
                 scale, threshold, keep_scale, window, softcap, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, CAUSAL, True,
-                NEGATE, DROPOUT, PRECISION, INLINE_DELTA, HAS_DLSE,
+                NEGATE, DROPOUT, PRECISION, RAGGED, INLINE_DELTA, HAS_DLSE,
             )  # fmt: skip
         stop = last
     for m in range(full, stop, BLOCK_M):
@@ -317,6 +347,6 @@ def dkdv_of_block(
             dk, dv, k, v, q_head, dout_head, out_head, lse_head, delta_head, dlse_head, seed_ptr, batch, head,
             start_n, m, stride_qt, stride_qd, stride_dot, stride_dod, stride_ot, stride_od, tq, tk,
             scale, threshold, keep_scale, window, softcap, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, CAUSAL, False,
-            NEGATE, DROPOUT, PRECISION, INLINE_DELTA, HAS_DLSE,
+            NEGATE, DROPOUT, PRECISION, RAGGED, INLINE_DELTA, HAS_DLSE,
         )  # fmt: skip
     return dk, dv

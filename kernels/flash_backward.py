@@ -1,9 +1,9 @@
 """Backward, tiled: two launches for any sequence length, no atomics, nothing of size T x T.
 
-The first takes blocks of queries: it computes delta (what the softmax's gradient subtracts from each row), writes it,
-and accumulates dq over the keys. The second takes blocks of keys, reads delta, and accumulates dk and dv over the
-queries of every head that shares them. The probabilities are recomputed from the saved log-sum-exp in both.
-What they do to a block stands in backward_steps.py.
+The first takes blocks of queries: it computes delta (what the softmax's gradient subtracts from each row), writes it
+beside the log-sum-exp in the form that the second wants, and accumulates dq over the keys. The second takes blocks of
+keys, reads both, and accumulates dk and dv over the queries of every head that shares them. The probabilities are
+recomputed in both. What they do to a block stands in backward_steps.py.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"
@@ -12,7 +12,15 @@ import torch
 import triton
 import triton.language as tl
 
-from .backward_steps import delta_of_rows, dkdv_of_block, dq_of_block, lse_of_rows
+from .backward_steps import (
+    ROWS_AT_ONCE,
+    delta_of_rows,
+    dkdv_of_block,
+    dq_of_block,
+    keep_rows,
+    lse_of_rows,
+    padded_rows,
+)
 from .launch import LaunchArguments
 from .tiles import exponent, head_pointer, load_tile, store_tile
 from .tuning import Config
@@ -28,8 +36,9 @@ def backward_dq_kernel(
     out_ptr,
     dout_ptr,
     dq_ptr,
-    lse_ptr,  # (B, Hq, Tq) contiguous as delta and dlse
-    delta_ptr,
+    lse_ptr,  # (B, Hq, Tq) contiguous, as dlse
+    kept_lse_ptr,  # (B, Hq, padded_rows(Tq)) contiguous, as kept_delta
+    kept_delta_ptr,
     dlse_ptr,
     seed_ptr,
     stride_qb,
@@ -75,7 +84,7 @@ def backward_dq_kernel(
     PRECISION: tl.constexpr,
     HAS_DLSE: tl.constexpr,
 ):
-    """delta and dq. Grid: (cdiv(tq, BLOCK_M) * B * Hq,)."""
+    """What is kept for the second launch, and dq. Grid: (cdiv(tq, BLOCK_M) * B * Hq,)."""
     blocks = tl.cdiv(tq, BLOCK_M)
     start_m = (blocks - 1 - tl.program_id(0) % blocks) * BLOCK_M  # the longest rows first
     batch_head = tl.program_id(0) // blocks
@@ -91,13 +100,12 @@ def backward_dq_kernel(
     out = load_tile(out_head, start_m, stride_ot, stride_od, tq, BLOCK_M, HEAD_DIM, BLOCK_D, True)
     dout = load_tile(dout_head, start_m, stride_dot, stride_dod, tq, BLOCK_M, HEAD_DIM, BLOCK_D, True)
     delta = delta_of_rows(out, dout, dlse_ptr + rows_before, start_m, tq, BLOCK_M, HAS_DLSE)
-    rows = tl.arange(0, BLOCK_M)
-    tl.store(delta_ptr + rows_before + start_m + rows, delta, mask=rows < tq - start_m)
-
     q = load_tile(q_head, start_m, stride_qt, stride_qd, tq, BLOCK_M, HEAD_DIM, BLOCK_D, True)
     if NEGATE:
         q = -q
     lse = lse_of_rows(lse_ptr + rows_before, start_m, tq, q, BLOCK_M)
+    kept_before = tl.cast(batch_head, tl.int64) * padded_rows(tq)
+    keep_rows(kept_lse_ptr + kept_before, kept_delta_ptr + kept_before, lse, delta, start_m, tq, BLOCK_M)
     dq = dq_of_block(
         q, dout, lse, delta, k_head, v_head, seed_ptr, batch, head, start_m, stride_kt, stride_kd, stride_vt, stride_vd,
         tq, tk, exponent(tl.abs(scale), q), threshold, keep_scale, window, softcap,
@@ -115,8 +123,8 @@ def backward_dkdv_kernel(
     dout_ptr,
     dk_ptr,
     dv_ptr,
-    lse_ptr,  # (B, Hq, Tq) contiguous, as delta
-    delta_ptr,
+    kept_lse_ptr,  # (B, Hq, padded_rows(Tq)) contiguous, as kept_delta
+    kept_delta_ptr,
     seed_ptr,
     stride_qb,
     stride_qh,
@@ -159,6 +167,7 @@ def backward_dkdv_kernel(
     NEGATE: tl.constexpr,
     DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
+    RAGGED: tl.constexpr,
 ):
     """dk and dv. Grid: (cdiv(tk, BLOCK_N) * B * Hkv,)."""
     blocks = tl.cdiv(tk, BLOCK_N)
@@ -176,12 +185,12 @@ def backward_dkdv_kernel(
         head = kv_head * group + member
         q_head = head_pointer(q_ptr, batch, head, stride_qb, stride_qh)
         dout_head = head_pointer(dout_ptr, batch, head, stride_dob, stride_doh)
-        rows_before = (tl.cast(batch, tl.int64) * heads + head) * tq
+        before = (tl.cast(batch, tl.int64) * heads + head) * padded_rows(tq)
         dk, dv = dkdv_of_block(
-            dk, dv, k, v, q_head, dout_head, dout_head, lse_ptr + rows_before, delta_ptr + rows_before, lse_ptr,
+            dk, dv, k, v, q_head, dout_head, dout_head, kept_lse_ptr + before, kept_delta_ptr + before, kept_lse_ptr,
             seed_ptr, batch, head, start_n, stride_qt, stride_qd, stride_dot, stride_dod, stride_dot, stride_dod,
             tq, tk, exponent(tl.abs(scale), k), threshold, keep_scale, window, softcap,
-            HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, CAUSAL, NEGATE, DROPOUT, PRECISION, False, False,
+            HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, CAUSAL, NEGATE, DROPOUT, PRECISION, RAGGED, False, False,
         )  # fmt: skip
     dk_head = head_pointer(dk_ptr, batch, kv_head, stride_dkb, stride_dkh)
     dv_head = head_pointer(dv_ptr, batch, kv_head, stride_dvb, stride_dvh)
@@ -205,8 +214,10 @@ def backward(
     config_dkdv: Config,
 ) -> None:
     """Fill dq, dk and dv (shapes of q, k, v; any strides) in two launches."""
-    delta = torch.empty_like(lse)
     batch, heads, tq, _ = q.shape
+    assert config_dkdv.block_m <= ROWS_AT_ONCE.value, "a block of rows would end outside of what is kept"
+    padded = triton.cdiv(tq, ROWS_AT_ONCE.value) * ROWS_AT_ONCE.value
+    kept_lse, kept_delta = lse.new_empty(2, batch, heads, padded).unbind()
     kv_heads, tk = k.shape[1], k.shape[2]
     backward_dq_kernel[(triton.cdiv(tq, config.block_m) * batch * heads,)](
         q,
@@ -216,7 +227,8 @@ def backward(
         dout,
         dq,
         lse,
-        delta,
+        kept_lse,
+        kept_delta,
         lse if dlse is None else dlse,
         arguments.seed,
         *q.stride(),
@@ -238,8 +250,8 @@ def backward(
         dout,
         dk,
         dv,
-        lse,
-        delta,
+        kept_lse,
+        kept_delta,
         arguments.seed,
         *q.stride(),
         *k.stride(),
@@ -250,5 +262,6 @@ def backward(
         *arguments.scalars,
         **arguments.variant,
         **arguments.constants,
+        RAGGED=tq % config_dkdv.block_m != 0,
         **config_dkdv.options,
     )

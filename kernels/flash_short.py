@@ -190,6 +190,7 @@ def backward_blocks_kernel(
     NEGATE: tl.constexpr,
     DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
+    RAGGED: tl.constexpr,
     HAS_DLSE: tl.constexpr,
 ):
     """Grid: (cdiv(max(tq, tk), BLOCK_N) * B * Hkv,)."""
@@ -217,7 +218,7 @@ def backward_blocks_kernel(
                 lse_ptr + rows_before, lse_ptr, dlse_ptr + rows_before, seed_ptr, batch, head, start,
                 stride_qt, stride_qd, stride_dot, stride_dod, stride_ot, stride_od,
                 tq, tk, exponent(tl.abs(scale), k), threshold, keep_scale, None, None,
-                HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, CAUSAL, NEGATE, DROPOUT, PRECISION, True, HAS_DLSE,
+                HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, CAUSAL, NEGATE, DROPOUT, PRECISION, RAGGED, True, HAS_DLSE,
             )  # fmt: skip
         dk_head = head_pointer(dk_ptr, batch, kv_head, stride_dkb, stride_dkh)
         dv_head = head_pointer(dv_ptr, batch, kv_head, stride_dvb, stride_dvh)
@@ -313,5 +314,6 @@ def backward(
         *dk.stride(),
         *dv.stride(),
         *arguments.scalars,
+        RAGGED=tq % config.block_m != 0,
         **flags,
     )
