@@ -122,6 +122,8 @@ def _launch_forward(
     softcap: float | None,
 ) -> torch.Tensor:
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+    if scale == 0.0:  # all scores are 0, and 0 times what masks a score would be NaN
+        q, scale = torch.zeros_like(q), 1.0
     if dropout_p > 0.0:
         window = hiding(window, k.shape[2])  # its mask goes by the number of a key, so none can be cut off
     else:

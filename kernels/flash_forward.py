@@ -50,7 +50,7 @@ def _forward_step(
     stride_vd,
     tq,
     tk,
-    scale,  # by which scores become exponents
+    scale,  # by which scores become exponents, not 0: a mask's -inf is multiplied by it
     threshold,
     window,
     softcap,
@@ -66,30 +66,22 @@ def _forward_step(
     """One block of keys, n .. n + BLOCK_N."""
     k = load_tile(k_head, n, stride_kt, stride_kd, tk, BLOCK_N, HEAD_DIM, BLOCK_D, MASKED)
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
+    if softcap is not None:
+        scores = tanh_of_scores(scores, scale, softcap, q)
+        scale = exponent(softcap, q)
     if MASKED:
-        # Scaled before it is masked: -inf times a scale of zero would be NaN.
         if CAUSAL:  # no valid row sees a key beyond tk
             seen = causal_mask(start_m, n, tk - tq, BLOCK_M, BLOCK_N)
         else:
             seen = (tl.arange(0, BLOCK_N) < tk - n)[None, :]
         if window is not None:
             seen &= window_mask(start_m, n, tk - tq, window, BLOCK_M, BLOCK_N)
-        if softcap is None:
-            scores = tl.where(seen, scores * scale, float("-inf"))
-        else:
-            scores = tl.where(seen, tanh_of_scores(scores, scale, softcap, q) * exponent(softcap, q), float("-inf"))
-        new_top = tl.maximum(top, tl.max(scores, 1))
+        scores = tl.where(seen, scores, float("-inf"))
+    new_top = tl.maximum(top, tl.max(scores, 1) * scale)
+    shown = new_top
+    if MASKED:
         shown = tl.where(new_top == float("-inf"), 0.0, new_top)  # a row that has seen nothing yet
-        p = exponential(scores - shown[:, None], q)
-    elif softcap is None:
-        new_top = tl.maximum(top, tl.max(scores, 1) * scale)
-        shown = new_top
-        p = exponential(scores * scale - new_top[:, None], q)
-    else:
-        scores = tanh_of_scores(scores, scale, softcap, q) * exponent(softcap, q)
-        new_top = tl.maximum(top, tl.max(scores, 1))
-        shown = new_top
-        p = exponential(scores - new_top[:, None], q)
+    p = exponential(scores * scale - shown[:, None], q)
     decay = exponential(top - shown, q)
     total = total * decay + tl.sum(p, 1)
     if DROPOUT:
