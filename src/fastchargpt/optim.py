@@ -189,34 +189,34 @@ class Muon(_Light):
         )
 
     def _muon(self, weights: list[Tensor], group: dict[str, Any]) -> None:
-        momentum, rate = group["momentum"], group["lr"]
+        momentum, rate, decay = group["momentum"], group["lr"], group["weight_decay"]
+        updates = self._nesterov(weights, group, momentum)
+        if decay:
+            torch._foreach_mul_(weights, 1.0 - rate * decay)
         # (weight's part, its update), equal shapes together so that they are orthogonalised in one batch
         parts: dict[tuple[int, ...], list[tuple[Tensor, Tensor]]] = {}
         changes: list[tuple[Tensor, Tensor]] = []  # (weight in pieces, its whole change)
-        for weight in weights:
-            gradient = weight.grad
-            assert gradient is not None
-            buffer = self.prepare(weight, group)["momentum_buffer"]
-            buffer.lerp_(gradient, 1.0 - momentum)
-            update = whole(gradient.lerp(buffer, momentum))
+        for weight, update in zip(weights, updates, strict=True):
             target = weight
             if is_sharded(weight):
-                weight.mul_(1.0 - rate * group["weight_decay"])
                 target = torch.zeros_like(update)
                 changes.append((weight, target))
             rows = self.blocks(weight)
             for part, block in zip(target.split(rows), update.split(rows), strict=True):
                 parts.setdefault(tuple(part.shape), []).append((part, block))
         for shape, pairs in parts.items():
-            updates = orthogonalise(torch.stack([block for _, block in pairs]))
-            for (part, _), update in zip(pairs, updates, strict=True):
-                part.mul_(1.0 - rate * group["weight_decay"])
-                if isinstance(rate, Tensor):  # as `alpha` it would be read on the host
-                    part.addcmul_(update, -rate * shape_factor(*shape))
-                else:
-                    part.add_(update, alpha=-rate * shape_factor(*shape))
+            targets, blocks = zip(*pairs, strict=True)
+            change = orthogonalise(torch.stack(blocks)).mul_(-rate * shape_factor(*shape))
+            torch._foreach_add_(targets, change.unbind())
         for weight, change in changes:
             weight.add_(piece_like(change, weight))
+
+    def _nesterov(self, weights: list[Tensor], group: dict[str, Any], momentum: float) -> list[Tensor]:
+        """Each weight's whole update before it is orthogonalised; its momentum goes on."""
+        gradients = [weight.grad for weight in weights if weight.grad is not None]
+        buffers = [self.prepare(weight, group)["momentum_buffer"] for weight in weights]
+        torch._foreach_lerp_(buffers, gradients, 1.0 - momentum)
+        return [whole(update) for update in torch._foreach_lerp(gradients, buffers, momentum)]
 
 
 def make_muon(
