@@ -37,6 +37,7 @@ ENGINES = {
     "fastchargpt-plain": EngineConfig(engine="native", speculate="off"),
     "fastchargpt-drafts": EngineConfig(speculate="on"),
     "fastchargpt-int8": EngineConfig(weights="int8"),
+    "fastchargpt-fused": EngineConfig(fuse="on"),
     "fastchargpt-torch": EngineConfig(engine="torch"),
 }
 # on a GPU: weights in bf16, and nanoGPT under the autocast of its sample.py; the others compute in fp32

@@ -1,5 +1,6 @@
 """Decoding by CUDA graphs against plain torch: the same tokens. On a CPU a recorder keeps a graph's rules."""
 
+import dataclasses
 import gc
 import warnings
 import weakref
@@ -7,6 +8,7 @@ import weakref
 import pytest
 import torch
 from graph_stand_in import RecordedGraphs
+from strict_interpreter import strict_interpreter
 from test_decode import BLOCK, FAMILIES, RULES, V, make_model
 
 from fastchargpt import GPT, CharTokenizer, SamplingConfig, generate, stream
@@ -17,6 +19,7 @@ from fastchargpt.engines import EngineConfig, make_engine
 from fastchargpt.errors import BackendUnavailableError, SamplingError
 from fastchargpt.generation import generate_tokens
 from fastchargpt.graph_engine import WARM_UP_STEPS, GraphEngine, graph_problem
+from fastchargpt.kernels import token_step
 
 TOKENIZER = CharTokenizer("\n abcdefghijklmno")
 PROMPTS = ["abc", "", "a bcd efgh ijkl mnabc", "m" * (BLOCK - 1)]  # the third is longer than the context
@@ -223,17 +226,57 @@ def test_no_more_graphs_than_the_limit(made, monkeypatch):
 def test_who_takes_it(made, monkeypatch):
     model = make_model("nanogpt", torch.float32)
     long, short = SamplingConfig(max_new_tokens=50), SamplingConfig(max_new_tokens=3)
-    for explicit, config, kind in ((False, long, GraphEngine), (False, short, TorchEngine), (True, short, GraphEngine)):
-        assert type(engines_module._on_cuda(model, explicit, config, 1, 9)) is kind
+    auto, fuse = EngineConfig(), EngineConfig(fuse="on")
+    for engine, config, kind in ((auto, long, GraphEngine), (auto, short, TorchEngine), (GRAPH, short, GraphEngine)):
+        assert type(engines_module._on_cuda(model, engine, config, 1, 9)) is kind
+    # Triton's kernels where they are asked for, or where very many tokens pay for compiling them
+    many = SamplingConfig(max_new_tokens=engines_module.FUSED_TOKENS)
+    monkeypatch.setattr(engines_module, "fused_problem", lambda model: None)
+    for engine, config, fused in ((auto, long, False), (auto, many, True), (fuse, short, True)):
+        assert engines_module._on_cuda(model, engine, config, 1, 9).fused is fused
+    assert engines_module._on_cuda(model, EngineConfig(fuse="off"), many, 1, 9).fused is False
+    monkeypatch.setattr(engines_module, "fused_problem", lambda model: "Triton is not installed")
+    assert engines_module._on_cuda(model, auto, many, 1, 9).fused is False
+    with pytest.raises(BackendUnavailableError, match=r"Triton is not installed: take fuse='off'"):
+        engines_module._on_cuda(model, fuse, long, 1, 9)
     monkeypatch.undo()
+    with pytest.raises(BackendUnavailableError, match="need a CUDA device"):
+        make_engine(model, fuse, long, 1, 9)
     assert "on cpu" in graph_problem(model)
-    with pytest.raises(BackendUnavailableError, match=r"needs? a CUDA device.*engine='torch'"):
+    with pytest.raises(BackendUnavailableError, match=r"need a CUDA device.*engine='torch'"):
         make_engine(model, GRAPH, long, 1, 9)
     monkeypatch.setattr(engines_module, "_said", set())
     with pytest.warns(RuntimeWarning, match="decoding in torch, which is slower"):
-        assert type(engines_module._on_cuda(model, False, long, 1, 9)) is TorchEngine
+        assert type(engines_module._on_cuda(model, auto, long, 1, 9)) is TorchEngine
     with pytest.raises(SamplingError, match="drop it or engine='graph'"):
         EngineConfig(engine="graph", weights="int8")
+    for other in ({"engine": "torch"}, {"engine": "native"}, {"weights": "int8"}, {"speculate": "on"}):
+        with pytest.raises(SamplingError, match="fuse='on' is for the graph engine"):
+            EngineConfig(fuse="on", **other)
+
+
+class Repeated(RecordedGraphs):
+    """A graph of kernels that torch does not see: what was recorded is done by doing all of it again."""
+
+    def capture(self, body):
+        self.captures += 1
+        return body
+
+
+@pytest.mark.parametrize(("knobs", "drawn"), [({"temperature": 0.8}, True), ({"top_k": 5}, False)], ids=str)
+def test_fused_it_writes_the_same(made, monkeypatch, knobs, drawn):
+    monkeypatch.setattr(module, "CudaGraphs", lambda device: Repeated())
+    monkeypatch.setattr(engines_module, "fused_problem", lambda model: None)
+    kernels = []
+    draw = token_step.draw
+    monkeypatch.setattr(token_step, "draw", lambda *args, **kwargs: kernels.append(1) or draw(*args, **kwargs))
+    torch.manual_seed(0)
+    model = GPT(dataclasses.replace(FAMILIES["grouped"], n_layer=1, block_size=4)).eval()
+    start, config = torch.tensor([[1], [2]]), SamplingConfig(max_new_tokens=6, seed=1, **knobs)  # slots wrap around
+    with strict_interpreter():
+        fused = generate_tokens(model, start, config, EngineConfig(fuse="on"))
+    assert torch.equal(fused, generate_tokens(model, start, config, TORCH))
+    assert bool(kernels) == drawn
 
 
 # ---- on a GPU
@@ -243,8 +286,6 @@ gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason
 
 
 def on_gpu(name, **fields):
-    import dataclasses
-
     torch.manual_seed(0)
     shape = dict(n_layer=2, n_head=4, n_embd=128, block_size=320, **fields)
     model = GPT(dataclasses.replace(FAMILIES[name], **shape)).cuda().eval()
@@ -255,14 +296,14 @@ def on_gpu(name, **fields):
 
 @pytest.mark.parametrize("knobs", KNOBS, ids=str)
 @pytest.mark.parametrize(("name", "rule"), RULES)
-@pytest.mark.parametrize("_", [pytest.param(0, marks=gpu, id="gpu")])
-def test_on_a_gpu_the_same_tokens_as_in_torch(name, rule, knobs, _):
+@pytest.mark.parametrize("fuse", [pytest.param("off", marks=gpu), pytest.param("on", marks=gpu)])
+def test_on_a_gpu_the_same_tokens_as_in_torch(name, rule, knobs, fuse):
     model = on_gpu(name)
     config = SamplingConfig(max_new_tokens=340 if rule == "slide" else 300, seed=4, context=rule, **knobs)
     for prompts in (PROMPTS, "abc"):
         with warnings.catch_warnings():
             warnings.simplefilter("error")  # a capture that fails says so
-            graph = generate(model, TOKENIZER, prompts, config)
+            graph = generate(model, TOKENIZER, prompts, config, EngineConfig(fuse=fuse))
         plain = generate(model, TOKENIZER, prompts, config, TORCH)
         # a draw within rounding of a boundary may fall on the other side, and the text goes on from there
         same = [one.tokens == other.tokens for one, other in zip(graph, plain, strict=True)]
@@ -272,11 +313,11 @@ def test_on_a_gpu_the_same_tokens_as_in_torch(name, rule, knobs, _):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", ["nanogpt", "grouped"])
-@pytest.mark.parametrize("_", [pytest.param(0, marks=gpu, id="gpu")])
-def test_on_a_gpu_nothing_waits_between_read_backs(name, dtype, monkeypatch, _):
+@pytest.mark.parametrize("fuse", [pytest.param("auto", marks=gpu), pytest.param("on", marks=gpu)])
+def test_on_a_gpu_nothing_waits_between_read_backs(name, dtype, fuse, monkeypatch):
     model = on_gpu(name).to(dtype)
     config = SamplingConfig(temperature=0.8, top_k=5)
-    engine = make_engine(model, EngineConfig(), config, 3, 320)
+    engine = make_engine(model, EngineConfig(fuse=fuse), config, 3, 320)
     assert isinstance(engine, GraphEngine)
     engine.fill(range(3), [[1], [2, 3], [4]])
     u = torch.rand(3, 64, dtype=torch.float64, device="cuda")

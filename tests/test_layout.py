@@ -51,7 +51,7 @@ STAGES = [
     ["faults", "reporting", "saving", "trainer", "loading"],
     ["knobs", "stopping"],
     ["sampling"],
-    ["decode_step"],
+    ["decode_step", "fused_step"],
     ["decode"],
     ["graph_engine", "native"],
     ["engines"],

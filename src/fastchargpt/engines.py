@@ -6,6 +6,7 @@ from typing import Literal
 
 from fastchargpt.decode import DrawingEngine, Engine, TorchEngine
 from fastchargpt.errors import BackendUnavailableError, SamplingError
+from fastchargpt.fused_step import fused_problem
 from fastchargpt.graph_engine import GraphEngine, graph_problem
 from fastchargpt.model import GPT
 from fastchargpt.native import NativeEngine, native_problem
@@ -20,6 +21,9 @@ DRAFT_BYTES = 16 * 2**20
 DRAFT_TOKENS = 32
 # fewer tokens than these do not earn the capture of a graph, which takes about as long as two steps without one
 GRAPH_TOKENS = 8
+# Fused kernels take some 3 s to compile when a shape is first met on a machine, as long as their launches save at some
+# 0.1 ms a token in so many (an estimate).
+FUSED_TOKENS = 30_000
 
 _said: set[str] = set()
 
@@ -40,17 +44,25 @@ class EngineConfig:
     weights: Literal["model", "int8"] = "model"
     # draft tokens with int8 weights and let the fp32 weights judge several at once; the text is the same either way
     speculate: Literal["auto", "on", "off"] = "auto"
+    # let the graph engine launch Triton kernels instead of torch's operations: fewer, but they take seconds to compile
+    # when first used on a machine; auto: for 30,000 tokens or more
+    fuse: Literal["auto", "on", "off"] = "auto"
 
     def __post_init__(self) -> None:
         for name, choices in (
             ("engine", ("auto", "native", "graph", "torch")),
             ("weights", ("model", "int8")),
             ("speculate", ("auto", "on", "off")),
+            ("fuse", ("auto", "on", "off")),
         ):
             if getattr(self, name) not in choices:
                 raise SamplingError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
         if self.weights == "int8" and self.speculate == "on":
             raise SamplingError("speculate='on' drafts for the model's own weights: drop it or weights='int8'")
+        if self.fuse == "on" and (
+            self.engine in ("native", "torch") or self.weights == "int8" or self.speculate == "on"
+        ):
+            raise SamplingError("fuse='on' is for the graph engine: drop it or what asks for another engine")
         if self.engine in ("graph", "torch") and (self.weights == "int8" or self.speculate == "on"):
             name = "weights='int8'" if self.weights == "int8" else "speculate='on'"
             raise SamplingError(f"{name} needs the native engine: drop it or engine={self.engine!r}")
@@ -81,8 +93,8 @@ def make_engine(model: GPT, config: EngineConfig, sampling: SamplingConfig, batc
     cuda = model.lm_head.weight.device.type == "cuda"
     if config.engine == "torch":
         return TorchEngine(model, batch_size, positions)
-    if config.engine == "graph" or (cuda and not explicit):
-        return _on_cuda(model, config.engine == "graph", sampling, batch_size, positions)
+    if config.engine == "graph" or config.fuse == "on" or (cuda and not explicit):
+        return _on_cuda(model, config, sampling, batch_size, positions)
     if (problem := native_problem(model)) is not None:
         if explicit:
             raise BackendUnavailableError(f"{problem}: take engine='torch'")
@@ -99,13 +111,19 @@ def drawing_engine(engine: Engine, config: SamplingConfig) -> DrawingEngine | No
     return engine if isinstance(engine, (NativeEngine, GraphEngine)) and can_draw(config) else None
 
 
-def _on_cuda(model: GPT, explicit: bool, sampling: SamplingConfig, batch_size: int, positions: int) -> Engine:
+def _on_cuda(model: GPT, config: EngineConfig, sampling: SamplingConfig, batch_size: int, positions: int) -> Engine:
+    explicit = config.engine == "graph" or config.fuse == "on"
     if (problem := graph_problem(model)) is not None:
         if explicit:
             raise BackendUnavailableError(f"{problem}: take engine='torch'")
         _say_slower(problem)
     elif explicit or sampling.max_new_tokens >= GRAPH_TOKENS:
-        return GraphEngine(model, batch_size, positions, strict=explicit)
+        fused = config.fuse == "on" or (config.fuse == "auto" and sampling.max_new_tokens >= FUSED_TOKENS)
+        if fused and (problem := fused_problem(model)) is not None:
+            if config.fuse == "on":
+                raise BackendUnavailableError(f"fuse='on' cannot be had: {problem}: take fuse='off'")
+            fused = False
+        return GraphEngine(model, batch_size, positions, strict=explicit, fused=fused)
     return TorchEngine(model, batch_size, positions)
 
 

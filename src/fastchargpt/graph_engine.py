@@ -5,7 +5,8 @@ one, more than ten times that. So all of it is recorded once as a CUDA graph: em
 next token, and the step onward. A replay feeds itself, and the tokens are read back some dozens at a time.
 
 What a graph works on stays where it is: the `_Desk`. It is kept for the next call with the same model, which then has
-its graphs at once. B sequences, V vocabulary, N tokens of one call.
+its graphs at once. What is recorded are torch's operations or, where that is asked for, fewer of Triton kernels
+(fused_step.py), which take seconds to compile. B sequences, V vocabulary, N tokens of one call.
 """
 
 import contextlib
@@ -23,6 +24,7 @@ from fastchargpt.captured import CudaGraphs, Graphs
 from fastchargpt.decode import DecodeMemory, TorchEngine
 from fastchargpt.decode_step import decode_step, place_at
 from fastchargpt.errors import BackendUnavailableError
+from fastchargpt.fused_step import fused_draw, fused_step
 from fastchargpt.model import GPT
 from fastchargpt.sampling import Sampler, SamplingConfig
 
@@ -62,10 +64,11 @@ class _Desk:
         self.memory = DecodeMemory.allocate(model, batch_size, reach)
         weight = model.lm_head.weight
         device = weight.device
-        # the token that is to be appended to each sequence; its position; steps taken since the last read-back
-        self.state = torch.zeros(2 * batch_size + 1, dtype=torch.int64, device=device)
-        self.tokens_B, self.positions_B = self.state[:batch_size], self.state[batch_size : 2 * batch_size]
-        self.moving, self.done = self.state[batch_size:], self.state[2 * batch_size :]
+        # the token that is to be appended to each sequence; its position; steps taken since the last read-back, the
+        # same number for every sequence, so that a kernel's programs need not wait for each other
+        self.state = torch.zeros(3 * batch_size, dtype=torch.int64, device=device)
+        self.tokens_B, self.positions_B, self.done_B = self.state.view(3, batch_size)
+        self.moving = self.state[batch_size:]
         self.uniforms_NB = torch.zeros(AT_ONCE, batch_size, dtype=torch.float64, device=device)
         self.drawn_NB = torch.zeros(AT_ONCE, batch_size, dtype=torch.int64, device=device)
         self.logits_BV = torch.zeros(batch_size, len(weight), dtype=weight.dtype, device=device)
@@ -84,16 +87,25 @@ class GraphEngine(TorchEngine):
         positions: tokens that a sequence may reach.
         graphs: what records; the device's own unless given.
         strict: refuse to go on without a graph.
+        fused: record Triton kernels; the model must have no `fused_problem`.
     """
 
     def __init__(
-        self, model: GPT, batch_size: int, positions: int, *, graphs: Graphs | None = None, strict: bool = False
+        self,
+        model: GPT,
+        batch_size: int,
+        positions: int,
+        *,
+        graphs: Graphs | None = None,
+        strict: bool = False,
+        fused: bool = False,
     ) -> None:
         reach = model.config.block_size
         if model.config.position == "rope":
             reach = max(reach, 1 << (positions - 1).bit_length())  # few different ones, so that desks can be kept
         self._desk = _take_desk(self, model, batch_size, reach, graphs)
         super().__init__(model, batch_size, reach, self._desk.memory)
+        self.fused = fused
         self._strict, self._pinned = strict, self.device.type == "cuda"
         self._samplers: dict[Hashable, Sampler] = {}
         self._at_once = max(1, min(AT_ONCE, CALL_BYTES // (self.dtype.itemsize * model.get_num_params())))
@@ -118,7 +130,7 @@ class GraphEngine(TorchEngine):
         """See `Engine`. The result is overwritten by the next step."""
         self._place(rows, tokens, positions)
         seen = self._seen(max(positions))
-        self._take(seen, functools.partial(self._logits_step, seen))
+        self._take((self.fused, seen), functools.partial(self._logits_step, seen))
         logits_BV = self._desk.logits_BV
         return logits_BV if self._all(rows) else logits_BV.index_select(0, self._on_device(rows))
 
@@ -148,7 +160,7 @@ class GraphEngine(TorchEngine):
         sampler = self._sampler(vocab_size, config)
         for step in range(count):
             seen = self._seen(last + step)
-            key = (seen, vocab_size, config.temperature, config.top_k)
+            key = (self.fused, seen, vocab_size, config.temperature, config.top_k)
             self._take(key, functools.partial(self._draw_step, seen, vocab_size, sampler))
         return [[step[row] for row in rows] for step in self._read_back(count)]
 
@@ -160,7 +172,7 @@ class GraphEngine(TorchEngine):
     def _place(self, rows: Sequence[int], tokens: Sequence[int], positions: Sequence[int]) -> None:
         """Set the rows up; those not named get token 0 at position 0."""
         batch_size = self.batch_size
-        state = [0] * (2 * batch_size + 1)
+        state = [0] * (3 * batch_size)
         for row, token, position in zip(rows, tokens, positions, strict=True):
             state[row], state[batch_size + row] = token, position
         self._desk.state.copy_(torch.tensor(state, pin_memory=self._pinned), non_blocking=True)
@@ -173,7 +185,9 @@ class GraphEngine(TorchEngine):
         return torch.tensor(list(values), pin_memory=self._pinned).to(self.device, non_blocking=True)
 
     def _seen(self, position: int) -> int:
-        """How many slots the graph looks at that serves this position."""
+        """How many slots the graph looks at that serves this position; 0 where it looks up how many."""
+        if self.fused:
+            return 0
         size = self.config.block_size
         return min(size, max(LEAST_SEEN, 1 << min(position, size - 1).bit_length()))
 
@@ -211,10 +225,12 @@ class GraphEngine(TorchEngine):
         warnings.warn(f"{says}; decoding goes on without, which is slower", RuntimeWarning, stacklevel=2)
 
     def _compute(self, seen: int) -> Tensor:
-        desk = self._desk
+        desk, kv_L2BHSD, rope = self._desk, self.memory.cache.kv_L2BHSD, self.memory.rope
+        if self.fused:
+            return fused_step(self.model, kv_L2BHSD, rope, desk.tokens_B, desk.positions_B)
         place = place_at(desk.positions_B, self.memory.rows, self.memory.slots, seen, self.dtype)
         with self._attention():
-            return decode_step(self.model, self.memory.cache.kv_L2BHSD, self.memory.rope, desk.tokens_B, place)
+            return decode_step(self.model, kv_L2BHSD, rope, desk.tokens_B, place)
 
     def _attention(self) -> AbstractContextManager[None]:
         return sdpa_kernel(MASKED) if self.device.type == "cuda" else contextlib.nullcontext()
@@ -223,10 +239,14 @@ class GraphEngine(TorchEngine):
         self._desk.logits_BV.copy_(self._compute(seen))
 
     def _draw_step(self, seen: int, vocab_size: int, sampler: Sampler) -> None:
-        desk = self._desk
-        u_B = None if sampler.greedy else desk.uniforms_NB.index_select(0, desk.done)[0]
-        drawn_B = sampler.choose(self._compute(seen)[:, :vocab_size], u_B)
-        desk.drawn_NB.index_copy_(0, desk.done, drawn_B[None])
+        desk, logits_BV = self._desk, self._compute(seen)
+        state = (desk.uniforms_NB, desk.drawn_NB, desk.tokens_B, desk.positions_B, desk.done_B)
+        if self.fused and fused_draw(logits_BV, *state, vocab_size=vocab_size, config=sampler.config):
+            return
+        done = desk.done_B[:1]
+        u_B = None if sampler.greedy else desk.uniforms_NB.index_select(0, done)[0]
+        drawn_B = sampler.choose(logits_BV[:, :vocab_size], u_B)
+        desk.drawn_NB.index_copy_(0, done, drawn_B[None])
         # a token that is none, of logits that are not finite, would be read from beyond the embedding's table
         torch.clamp(drawn_B, max=vocab_size - 1, out=desk.tokens_B)
         desk.moving.add_(1)
