@@ -98,6 +98,14 @@ def test_draws_equal_the_sampler(knobs, vocab_size):
     assert (done == 3).all()
 
 
+def test_a_draw_on_the_boundary_is_the_next_token():
+    state, drawn = torch.zeros(3, 3, dtype=torch.int64), torch.zeros(1, 3, dtype=torch.int64)
+    u = torch.tensor([[0.0, 0.5, 0.75]], dtype=torch.float64)
+    with strict_interpreter():
+        token_step.draw(torch.zeros(3, 4), u, drawn, *state, vocab_size=4, temperature=1.0, greedy=False)
+    assert drawn.tolist() == [[0, 2, 3]]
+
+
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 def test_logits_that_are_not_finite_draw_what_is_no_token(value):
     logits = torch.randn(2, V)
