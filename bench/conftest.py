@@ -114,9 +114,17 @@ def contests() -> dict[str, dict[str, Result]]:
 
 @pytest.fixture
 def rank(
-    benchmark: Any, settings: Settings, contests: dict[str, dict[str, Result]], pytestconfig: pytest.Config
+    benchmark: Any,
+    settings: Settings,
+    contests: dict[str, dict[str, Result]],
+    pytestconfig: pytest.Config,
+    request: pytest.FixtureRequest,
 ) -> Rank:
-    """Report one contestant of a contest, which is held when its first contestant is asked for."""
+    """Report one contestant of a contest, which is held when its first contestant is asked for.
+
+    Only those that this run asks for take part: `--only` may leave some out, and they are not even built.
+    """
+    asked = {item.callspec.params.get("contestant") for item in request.session.items if hasattr(item, "callspec")}
 
     def report(
         contest: str,
@@ -128,8 +136,9 @@ def rank(
         **facts: Any,
     ) -> None:
         if contest not in contests:
+            building = {key: build for key, build in entrants().items() if key in asked or key == name}
             contests[contest] = hold(
-                entrants(), settings.device, seconds=settings.seconds, rounds=rounds or settings.rounds, lead=lead
+                building, settings.device, seconds=settings.seconds, rounds=rounds or settings.rounds, lead=lead
             )
         result = contests[contest][name]
         if result.timing is None:

@@ -59,7 +59,7 @@ class Recipe:
 
     family: Family
     precision: str
-    # native, eager (torch's engine as it is) or compiled (torch.compile)
+    # native, eager (torch's engine as it is), compiled (torch.compile), or graphed (that as one CUDA graph)
     engine: str
 
     def __str__(self) -> str:
@@ -81,11 +81,12 @@ def contestants(device: torch.device, *, quick: bool) -> list[str]:
     gpu = device.type == "cuda"
     families: tuple[Family, ...] = ("nanogpt", "lecture", "modern")
     if quick:  # a cold compile takes half a minute on a CPU
-        how = [("bf16", "compiled")] if gpu else [("fp32", "native"), ("fp32", "eager")]
+        how = [("bf16", "compiled"), ("bf16", "graphed")] if gpu else [("fp32", "native"), ("fp32", "eager")]
     else:
         # on a CPU without AMX bf16 is ten times slower than fp32, and auto says so
         precisions = ("fp32", "tf32", "bf16") if gpu else sorted({"fp32", choose_precision("auto", device).name})
-        how = [*([] if gpu else [("fp32", "native")]), *itertools.product(precisions, ("eager", "compiled"))]
+        engines = ("eager", "compiled", "graphed") if gpu else ("eager", "compiled")
+        how = [*([] if gpu else [("fp32", "native")]), *itertools.product(precisions, engines)]
     recipes = [Recipe(family, *each) for family in families for each in how]
     peers = (
         ["peer-nanogpt", "peer-lecture"] if quick or gpu else ["peer-nanogpt", "peer-nanogpt-compiled", "peer-lecture"]
@@ -214,7 +215,7 @@ Step = tuple[Callable[[Tensor, Tensor], Tensor], Family, str, int]
 
 def _ours(name: str, work: Work, device: torch.device) -> Step:
     family, precision, engine = name.split("-")
-    compiled = engine == "compiled"
+    compiled = engine in ("compiled", "graphed")
     if compiled:
         try:
             choose_compile("on", device)
@@ -230,6 +231,7 @@ def _ours(name: str, work: Work, device: torch.device) -> Step:
         grad_clip=GRAD_CLIP,
         precision=choose_precision(precision, device),
         compile=compiled,
+        cuda_graph=engine == "graphed",
         engine="native" if engine == "native" else "torch",
     )
     return step, family, precision, model.flops_per_token()  # type: ignore[return-value]
