@@ -128,15 +128,13 @@ def linear_kernel(
 
 
 @triton.jit
-def _turned(x_ptr, columns, mask, cos, sin, scale, HEAD_DIM: tl.constexpr, ROTATE: tl.constexpr):
+def _turned(x_ptr, columns, mask, own, others, scale, HEAD_DIM: tl.constexpr, ROTATE: tl.constexpr):
     """A head of a query or key, normalised by `scale` and rotated, [BLOCK_D] in float32."""
     x = tl.load(x_ptr + columns, mask=mask, other=0.0).to(tl.float32) * scale
     if ROTATE:
         half = HEAD_DIM // 2
-        left = columns < half
-        partner = tl.load(x_ptr + tl.where(left, columns + half, columns - half), mask=mask, other=0.0)
-        partner = partner.to(tl.float32) * scale
-        x = x * cos + tl.where(left, -partner, partner) * sin
+        partner = tl.load(x_ptr + tl.where(columns < half, columns + half, columns - half), mask=mask, other=0.0)
+        x = x * own + partner.to(tl.float32) * scale * others
     return x
 
 
@@ -151,7 +149,7 @@ def attend_kernel(
     qkv_ptr,  # (B, (H + 2 H_kv) D) contiguous
     k_ptr,  # (B, H_kv, S, D) contiguous: read, and written at this token's slot
     v_ptr,
-    rope_ptr,  # (2, P, D / 2) contiguous, or None
+    rope_ptr,  # (2, P, D) contiguous, or None
     positions_ptr,  # (B,) int64
     out_ptr,  # (B, H D) contiguous
     slots,
@@ -179,10 +177,9 @@ def attend_kernel(
     cos = 1.0
     sin = 0.0
     if ROTATE:
-        half = HEAD_DIM // 2
-        angle = rope_ptr + position * half + tl.where(columns < half, columns, columns - half)
-        cos = tl.load(angle, mask=mask_d, other=0.0)
-        sin = tl.load(angle + tl.cast(rope_length, tl.int64) * half, mask=mask_d, other=0.0)
+        turn = rope_ptr + position * HEAD_DIM + columns
+        cos = tl.load(turn, mask=mask_d, other=0.0)
+        sin = tl.load(turn + tl.cast(rope_length, tl.int64) * HEAD_DIM, mask=mask_d, other=0.0)
     row = qkv_ptr + tl.cast(batch, tl.int64) * ((heads + 2 * kv_heads) * HEAD_DIM)
     q_row = row + head * HEAD_DIM
     k_row = row + (heads + kv_head) * HEAD_DIM
@@ -323,7 +320,7 @@ def attend(
     Args:
         qkv: queries, keys and values side by side, (B, (H + 2 H_kv) D).
         kv: a layer of the cache, (2, B, H_kv, S, D); position p lies in slot p % S.
-        rope: cosines and sines, (2, P, D / 2), or None.
+        rope: what each channel and its partner, half a head away, are times in the rotation, (2, P, D), or None.
         positions: (B,) int64.
         heads: H.
         qk_norm: divide queries and keys by their root mean square.
@@ -333,7 +330,7 @@ def attend(
     out = torch.empty((batch_size, heads * head_dim), dtype=qkv.dtype, device=qkv.device)
     block_d = triton.next_power_of_2(head_dim)
     block_s = min(max(16, TILE // block_d), triton.next_power_of_2(slots))
-    rope_length = 0 if rope is None else rope.shape[1]
+    rope_length = 0 if rope is None else rope.shape[1]  # P
     attend_kernel[(batch_size * heads,)](
         *(qkv, kv[0], kv[1], rope, positions, out, slots, rope_length, heads, kv_heads, head_dim**-0.5, eps),
         HEAD_DIM=head_dim,

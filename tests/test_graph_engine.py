@@ -331,9 +331,9 @@ def test_on_a_gpu_nothing_waits_between_read_backs(name, dtype, fuse, monkeypatc
     monkeypatch.setattr(GraphEngine, "_read_back", read)
     try:
         for rows in ([0, 1, 2], [0, 2]):
+            positions, uniforms = [[1, 2, 1][row] for row in rows], u[rows]
             torch.cuda.set_sync_debug_mode("error")
-            positions = [[1, 2, 1][row] for row in rows]
-            again = engine.decode(rows, [row + 1 for row in rows], positions, V, config, u[rows])
+            again = engine.decode(rows, [row + 1 for row in rows], positions, V, config, uniforms)
             assert [[step[row] for row in rows] for step in first] == again[:9]
     finally:
         torch.cuda.set_sync_debug_mode("default")

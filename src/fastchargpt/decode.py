@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from fastchargpt.cache import KVCache
-from fastchargpt.decode_step import Place, decode_step, place_at
+from fastchargpt.decode_step import Place, decode_step, place_at, turn_tables
 from fastchargpt.errors import SamplingError
 from fastchargpt.layers import rope_tables
 from fastchargpt.model import GPT
@@ -75,7 +75,7 @@ class DecodeMemory:
     """The tensors that decoding in torch works on."""
 
     cache: KVCache
-    # tables of every position that there may be, (2, P, D / 2); None for learned positions
+    # `turn_tables` of every position that there may be, (2, P, D); None for learned positions
     rope: Tensor | None
     # 0 .. B - 1 and 0 .. block_size - 1
     rows: Tensor
@@ -87,7 +87,8 @@ class DecodeMemory:
         config, weight = model.config, model.lm_head.weight
         rope = None
         if config.position == "rope":
-            rope = rope_tables(max(positions, config.block_size), config.head_dim, config.rope_base, weight.device)
+            length = max(positions, config.block_size)
+            rope = turn_tables(rope_tables(length, config.head_dim, config.rope_base, weight.device))
         return cls(
             cache=KVCache(config, batch_size, device=weight.device, dtype=weight.dtype),
             rope=rope,

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastchargpt.layers import ACTIVATIONS, NORM_EPS, Block, LayerNorm, rotate
+from fastchargpt.layers import ACTIVATIONS, NORM_EPS, Block, LayerNorm
 from fastchargpt.model import GPT
 
-__all__ = ["Place", "decode_step", "place_at"]
+__all__ = ["Place", "decode_step", "place_at", "turn_tables"]
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,9 @@ def place_at(at_B: Tensor, rows: Tensor, slots: Tensor, seen: int, dtype: torch.
         seen: slots that are looked at; every position is below it, unless it is block_size.
         dtype: of the scores.
     """
-    mask_BS = torch.zeros((), device=at_B.device, dtype=dtype).where(slots[:seen] <= at_B[:, None], -torch.inf)
+    mask_BS = torch.empty(len(at_B), seen, device=at_B.device, dtype=dtype)
+    # two operations: 1 and 0, whose logarithms are 0 and -inf
+    torch.le(slots[:seen], at_B[:, None], out=mask_BS).log_()
     return Place(at=at_B, slot=at_B % len(slots), rows=rows, seen=seen, mask=mask_BS[:, None, None])
 
 
@@ -55,7 +57,7 @@ def decode_step(model: GPT, kv_L2BHSD: Tensor, rope: Tensor | None, tokens_B: Te
     Args:
         model: the model.
         kv_L2BHSD: the cache, which is written.
-        rope: tables of the positions that there may be, (2, P, D / 2); None for learned positions.
+        rope: `turn_tables` of the positions that there may be, (2, P, D); None for learned positions.
         tokens_B: a token for each sequence, (B,) int64.
         place: where they stand.
     """
@@ -63,8 +65,10 @@ def decode_step(model: GPT, kv_L2BHSD: Tensor, rope: Tensor | None, tokens_B: Te
     heads, kv_heads, size = config.n_head, config.kv_heads, config.head_dim
     x_BC = parts.wte.weight[tokens_B]
     turn = None
+    # keys and values go into the cache together where they lie side by side
+    packed = rope is None and not config.qk_norm
     if rope is not None:
-        turn = rope[:, place.at]
+        turn = rope[:, place.at, None]
     elif parts.wpe is not None:
         x_BC = x_BC + parts.wpe.weight[place.at]
     for layer, block in enumerate(parts.h):
@@ -76,11 +80,13 @@ def decode_step(model: GPT, kv_L2BHSD: Tensor, rope: Tensor | None, tokens_B: Te
         if config.qk_norm:
             qk_BHD = F.rms_norm(qk_BHD, (size,), eps=NORM_EPS)
         if turn is not None:
-            # each sequence is a position of its own to `rotate`
-            qk_BHD = rotate(qk_BHD[None], turn)[0]
-        k_BHSD, v_BHSD = kv_L2BHSD[layer, 0], kv_L2BHSD[layer, 1]
-        k_BHSD[place.rows, :, place.slot] = qk_BHD[:, heads:].to(k_BHSD.dtype)
-        v_BHSD[place.rows, :, place.slot] = v_BHD.to(v_BHSD.dtype)
+            qk_BHD = _turned(qk_BHD, turn)
+        k_BHSD, v_BHSD = kv_L2BHSD[layer]
+        if packed:
+            _write(kv_L2BHSD[layer], place, qkv_BHD[:, heads:].unflatten(1, (2, kv_heads)))
+        else:
+            _write(kv_L2BHSD[layer, :1], place, qk_BHD[:, None, heads:])
+            _write(kv_L2BHSD[layer, 1:], place, v_BHD[:, None])
         # heads that share a key head are so many queries to it
         y_BHGD = F.scaled_dot_product_attention(
             qk_BHD[:, :heads].unflatten(1, (kv_heads, -1)),
@@ -92,6 +98,26 @@ def decode_step(model: GPT, kv_L2BHSD: Tensor, rope: Tensor | None, tokens_B: Te
         h_BC = F.linear(_norm(x_BC, block.ln_2), mlp.c_fc.weight, mlp.c_fc.bias)
         _add_linear(x_BC, ACTIVATIONS[config.activation](h_BC), mlp.c_proj)
     return model.logits(_norm(x_BC, parts.ln_f))
+
+
+def turn_tables(rope: Tensor) -> Tensor:
+    """(2, P, D / 2) of `rope_tables` -> (2, P, D): what a channel and its partner, half a head away, are times."""
+    cos, sin = rope
+    return torch.stack((torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)))
+
+
+def _turned(x_BHD: Tensor, turn: Tensor) -> Tensor:
+    """What `layers.rotate` gives, in three operations."""
+    partner_BHD = x_BHD.unflatten(-1, (2, -1)).flip(-2).flatten(-2)
+    return (x_BHD * turn[0]).addcmul_(partner_BHD, turn[1]).type_as(x_BHD)
+
+
+def _write(kv_XBHSD: Tensor, place: Place, new_BXHD: Tensor) -> None:
+    new_BXHD = new_BXHD.to(kv_XBHSD.dtype)
+    if isinstance(place.slot, int):
+        kv_XBHSD[:, :, :, place.slot] = new_BXHD.transpose(0, 1)
+    else:
+        kv_XBHSD[:, place.rows, :, place.slot] = new_BXHD
 
 
 def _add_linear(x_BC: Tensor, h_BC: Tensor, linear: torch.nn.Linear) -> None:

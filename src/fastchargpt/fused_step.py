@@ -39,7 +39,7 @@ def fused_step(model: GPT, kv_L2BHSD: Tensor, rope: Tensor | None, tokens_B: Ten
     Args:
         model: a model that has no `fused_problem`.
         kv_L2BHSD: the cache, which is written; position p lies in slot p % S.
-        rope: tables of the positions that there may be, (2, P, D / 2); None for learned positions.
+        rope: `turn_tables` of the positions that there may be, (2, P, D); None for learned positions.
         tokens_B: a token for each sequence, (B,) int64.
         positions_B: where they stand, (B,) int64.
     """

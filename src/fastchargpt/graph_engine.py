@@ -9,6 +9,7 @@ its graphs at once. What is recorded are torch's operations or, where that is as
 (fused_step.py), which take seconds to compile. B sequences, V vocabulary, N tokens of one call.
 """
 
+import atexit
 import contextlib
 import functools
 import warnings
@@ -277,7 +278,14 @@ def _take_desk(engine: GraphEngine, model: GPT, batch_size: int, reach: int, gra
     return desk
 
 
+@functools.cache
+def _clear_at_exit() -> None:
+    """Graphs are to go before the device's driver does."""
+    atexit.register(_idle.clear)
+
+
 def _keep_desk(model: "weakref.ref[GPT]", key: Hashable, desk: _Desk) -> None:
     owner = model()
     if owner is not None and desk.problem is None:
+        _clear_at_exit()
         _idle[owner] = (key, desk)
