@@ -287,28 +287,28 @@ gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason
 
 def on_gpu(name, **fields):
     torch.manual_seed(0)
-    shape = dict(n_layer=2, n_head=4, n_embd=128, block_size=320, **fields)
+    shape = dict(n_layer=2, n_head=4, n_embd=128, block_size=160, **fields)
     model = GPT(dataclasses.replace(FAMILIES[name], **shape)).cuda().eval()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     return model
 
 
-@pytest.mark.parametrize("knobs", KNOBS, ids=str)
+@pytest.mark.parametrize("knobs", [pytest.param(knobs, marks=gpu, id=str(knobs)) for knobs in (KNOBS[0], KNOBS[2])])
 @pytest.mark.parametrize(("name", "rule"), RULES)
-@pytest.mark.parametrize("fuse", [pytest.param("off", marks=gpu), pytest.param("on", marks=gpu)])
-def test_on_a_gpu_the_same_tokens_as_in_torch(name, rule, knobs, fuse):
+def test_on_a_gpu_the_same_tokens_as_in_torch(name, rule, knobs):
     model = on_gpu(name)
-    config = SamplingConfig(max_new_tokens=340 if rule == "slide" else 300, seed=4, context=rule, **knobs)
+    config = SamplingConfig(max_new_tokens=170 if rule == "slide" else 150, seed=4, context=rule, **knobs)
     for prompts in (PROMPTS, "abc"):
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")  # a capture that fails says so
-            graph = generate(model, TOKENIZER, prompts, config, EngineConfig(fuse=fuse))
         plain = generate(model, TOKENIZER, prompts, config, TORCH)
-        # a draw within rounding of a boundary may fall on the other side, and the text goes on from there
-        same = [one.tokens == other.tokens for one, other in zip(graph, plain, strict=True)]
-        assert sum(same) >= len(same) - 1
-        assert all(one.tokens[:50] == other.tokens[:50] for one, other in zip(graph, plain, strict=True))
+        for fuse in ("off", "on"):
+            with warnings.catch_warnings():
+                warnings.simplefilter("error", RuntimeWarning)  # a capture that fails says so
+                graph = generate(model, TOKENIZER, prompts, config, EngineConfig(fuse=fuse))
+            # a draw within rounding of a boundary may fall on the other side, and the text goes on from there
+            same = [one.tokens == other.tokens for one, other in zip(graph, plain, strict=True)]
+            assert sum(same) >= len(same) - 1, fuse
+            assert all(one.tokens[:50] == other.tokens[:50] for one, other in zip(graph, plain, strict=True)), fuse
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -317,7 +317,7 @@ def test_on_a_gpu_the_same_tokens_as_in_torch(name, rule, knobs, fuse):
 def test_on_a_gpu_nothing_waits_between_read_backs(name, dtype, fuse, monkeypatch):
     model = on_gpu(name).to(dtype)
     config = SamplingConfig(temperature=0.8, top_k=5)
-    engine = make_engine(model, EngineConfig(fuse=fuse), config, 3, 320)
+    engine = make_engine(model, EngineConfig(fuse=fuse), config, 3, 160)
     assert isinstance(engine, GraphEngine)
     engine.fill(range(3), [[1], [2, 3], [4]])
     u = torch.rand(3, 64, dtype=torch.float64, device="cuda")
@@ -342,7 +342,7 @@ def test_on_a_gpu_nothing_waits_between_read_backs(name, dtype, fuse, monkeypatc
 @pytest.mark.parametrize("_", [pytest.param(0, marks=gpu, id="gpu")])
 def test_on_a_gpu_graphs_are_kept_and_memory_does_not_grow(_):
     model, start = on_gpu("modern"), torch.tensor([[1], [2]], device="cuda")
-    config = SamplingConfig(max_new_tokens=200, seed=1)
+    config = SamplingConfig(max_new_tokens=140, seed=1)
     first = generate_tokens(model, start, config)
     [(_, desk)] = [kept for owner, kept in module._idle.items() if owner is model]
     before = torch.cuda.memory_reserved()
