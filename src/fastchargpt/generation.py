@@ -170,10 +170,9 @@ def generate_tokens(model: GPT, idx: Tensor, config: SamplingConfig, engine: Eng
     if idx.numel() and not 0 <= int(idx.min()) <= int(idx.max()) < vocab_size:
         raise SamplingError(f"idx has tokens outside the vocabulary of {vocab_size} tokens")
     run = _Run(model, [row or [0] for row in idx.tolist()], config, engine, vocab_size)
-    drawn: list[list[int]] = [[] for _ in range(run.batch_size)]
-    for row, token in run:
-        drawn[row].append(token)
-    return torch.cat((idx, torch.tensor(drawn, dtype=idx.dtype, device=idx.device).view(len(drawn), -1)), dim=1)
+    # no row ends before the others, so a step has a token of each
+    drawn = torch.tensor([tokens for _, tokens in run.steps()], dtype=idx.dtype, device=idx.device)
+    return torch.cat((idx, drawn.view(-1, run.batch_size).T), dim=1)
 
 
 def _tokens(text: str, tokenizer: Tokenizer) -> list[int]:
@@ -270,15 +269,15 @@ class _Run:
         self._open.pop(row, None)
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        if self.config.max_new_tokens == 0:
-            return
-        for rows, tokens in self._steps():
+        for rows, tokens in self.steps():
             for row, token in zip(rows, tokens, strict=True):
                 if row in self._open:
                     yield row, token
 
-    def _steps(self) -> Iterator[tuple[list[int], list[int]]]:
-        """Rows and the token of each; of some rows a few more than they need."""
+    def steps(self) -> Iterator[tuple[list[int], list[int]]]:
+        """Rows and the token of each; of rows that were finished a few more than they need."""
+        if self.config.max_new_tokens == 0:
+            return
         rows = list(self._open)
         with _evaluating(self._model):
             logits = self._session.start()

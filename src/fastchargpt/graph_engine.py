@@ -154,7 +154,8 @@ class GraphEngine(TorchEngine):
         """See `DrawingEngine`."""
         count, last = u.shape[1], max(positions)
         self._place(rows, tokens, positions)
-        if self._all(rows):
+        everybody = self._all(rows)
+        if everybody:
             self._desk.uniforms_NB[:count] = u.T
         else:
             self._desk.uniforms_NB[:count].index_copy_(1, self._on_device(rows), u.T)
@@ -163,7 +164,8 @@ class GraphEngine(TorchEngine):
             seen = self._seen(last + step)
             key = (self.fused, seen, vocab_size, config.temperature, config.top_k)
             self._take(key, functools.partial(self._draw_step, seen, vocab_size, sampler))
-        return [[step[row] for row in rows] for step in self._read_back(count)]
+        drawn = self._read_back(count)
+        return drawn if everybody else [[step[row] for row in rows] for step in drawn]
 
     def _read_back(self, count: int) -> list[list[int]]:
         """The one place that waits for the device."""
