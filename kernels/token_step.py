@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 __all__ = [
+    "MOST_INPUTS",
     "MOST_TOKENS",
     "attend",
     "attend_kernel",
@@ -31,8 +32,8 @@ MOST_TOKENS = 4096
 PROGRAMS = 132
 # Elements of one tile: 32 registers of each of 256 threads.
 TILE = 8192
-# Inputs of a product that are read at once.
-MOST_INPUTS = 2048
+# Inputs of a product: a program holds all of them.
+MOST_INPUTS = TILE
 
 
 @triton.jit
@@ -58,6 +59,21 @@ def embed_kernel(
 
 
 @triton.jit
+def _activated(x, ACTIVATION: tl.constexpr, softcap):
+    if ACTIVATION == "gelu":
+        x = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+    elif ACTIVATION == "gelu_tanh":
+        x = x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
+    elif ACTIVATION == "relu":
+        x = tl.maximum(x, 0.0)
+    elif ACTIVATION == "relu2":
+        x = tl.maximum(x, 0.0) * tl.maximum(x, 0.0)
+    if softcap is not None:
+        x = softcap * (2.0 * tl.sigmoid(2.0 * x / softcap) - 1.0)
+    return x
+
+
+@triton.jit
 def linear_kernel(
     x_ptr,  # (B, K) contiguous
     weight_ptr,  # (N, K) contiguous
@@ -77,54 +93,29 @@ def linear_kernel(
 ):
     """out = activation(norm(x) @ weight.T + bias), or that added to out. Grid: (cdiv(N, BLOCK_N), B)."""
     row = tl.cast(tl.program_id(1), tl.int64)
-    x_row = x_ptr + row * inputs
-    ks = tl.arange(0, BLOCK_K)
-    mean = 0.0
-    scale = 1.0
-    if NORM == "layer":
-        total = tl.zeros((BLOCK_K,), dtype=tl.float32)
-        for start in range(0, inputs, BLOCK_K):
-            total += tl.load(x_row + start + ks, mask=ks < inputs - start, other=0.0).to(tl.float32)
-        mean = tl.sum(total, 0) / inputs
-    if NORM != "none":
-        total = tl.zeros((BLOCK_K,), dtype=tl.float32)
-        for start in range(0, inputs, BLOCK_K):
-            x = tl.load(x_row + start + ks, mask=ks < inputs - start, other=0.0).to(tl.float32) - mean
-            total += tl.where(ks < inputs - start, x * x, 0.0)
-        scale = tl.rsqrt(tl.sum(total, 0) / inputs + eps)
-
     ns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    mask_n = ns < outputs
-    rows = weight_ptr + ns.to(tl.int64)[:, None] * inputs
-    acc = tl.zeros((BLOCK_N, BLOCK_K), dtype=tl.float32)
-    for start in range(0, inputs, BLOCK_K):
-        mask_k = ks < inputs - start
-        w = tl.load(rows + (start + ks)[None, :], mask=mask_n[:, None] & mask_k[None, :], other=0.0)
-        x = tl.load(x_row + start + ks, mask=mask_k, other=0.0).to(tl.float32)
-        if NORM != "none":
-            x = (x - mean) * scale
-            if norm_weight_ptr is not None:
-                x *= tl.load(norm_weight_ptr + start + ks, mask=mask_k, other=0.0).to(tl.float32)
-            if norm_bias_ptr is not None:
-                x += tl.load(norm_bias_ptr + start + ks, mask=mask_k, other=0.0).to(tl.float32)
-        acc += w.to(tl.float32) * x[None, :]
-    y = tl.sum(acc, 1)
-    if bias_ptr is not None:
-        y += tl.load(bias_ptr + ns, mask=mask_n, other=0.0).to(tl.float32)
-    if ACTIVATION == "gelu":
-        y = 0.5 * y * (1.0 + tl.erf(y * 0.7071067811865476))
-    elif ACTIVATION == "gelu_tanh":
-        y = y * tl.sigmoid(1.5957691216057308 * (y + 0.044715 * y * y * y))
-    elif ACTIVATION == "relu":
-        y = tl.maximum(y, 0.0)
-    elif ACTIVATION == "relu2":
-        y = tl.maximum(y, 0.0) * tl.maximum(y, 0.0)
-    if softcap is not None:
-        y = softcap * (2.0 * tl.sigmoid(2.0 * y / softcap) - 1.0)
+    ks = tl.arange(0, BLOCK_K)
+    mask_n, mask_k = ns < outputs, ks < inputs
+    # asked for first: the weights come from afar, and the normalisation is computed meanwhile
+    weight = weight_ptr + ns.to(tl.int64)[:, None] * inputs + ks[None, :]
+    w = tl.load(weight, mask=mask_n[:, None] & mask_k[None, :], other=0.0)  # [BLOCK_N, BLOCK_K]
     out = out_ptr + row * outputs + ns
+    y = tl.zeros((BLOCK_N,), dtype=tl.float32)
     if ADD:
-        y += tl.load(out, mask=mask_n, other=0.0).to(tl.float32)
-    tl.store(out, y.to(out_ptr.dtype.element_ty), mask=mask_n)
+        y = tl.load(out, mask=mask_n, other=0.0).to(tl.float32)
+    x = tl.load(x_ptr + row * inputs + ks, mask=mask_k, other=0.0).to(tl.float32)
+    if NORM == "layer":
+        x = tl.where(mask_k, x - tl.sum(x, 0) / inputs, 0.0)
+    if NORM != "none":
+        x = x * tl.rsqrt(tl.sum(x * x, 0) / inputs + eps)
+        if norm_weight_ptr is not None:
+            x *= tl.load(norm_weight_ptr + ks, mask=mask_k, other=0.0).to(tl.float32)
+        if norm_bias_ptr is not None:
+            x += tl.load(norm_bias_ptr + ks, mask=mask_k, other=0.0).to(tl.float32)
+    product = tl.sum(w.to(tl.float32) * x[None, :], 1)
+    if bias_ptr is not None:
+        product += tl.load(bias_ptr + ns, mask=mask_n, other=0.0).to(tl.float32)
+    tl.store(out, (y + _activated(product, ACTIVATION, softcap)).to(out_ptr.dtype.element_ty), mask=mask_n)
 
 
 @triton.jit
@@ -283,6 +274,8 @@ def linear(
 ) -> torch.Tensor:
     """activation(norm(x) @ weight.T + bias) of x (B, K) and weight (N, K), or that added to `add_to` (B, N) in place.
 
+    K is at most MOST_INPUTS.
+
     Args:
         norm: none, layer or rms.
         activation: none, gelu, gelu_tanh, relu or relu2.
@@ -290,7 +283,7 @@ def linear(
     """
     outputs, inputs = weight.shape
     out = torch.empty((len(x), outputs), dtype=x.dtype, device=x.device) if add_to is None else add_to
-    block_k = min(MOST_INPUTS, triton.next_power_of_2(inputs))
+    block_k = triton.next_power_of_2(inputs)
     block_n = triton.next_power_of_2(outputs * len(x) // PROGRAMS + 1) // 2
     block_n = max(1, min(block_n, TILE // block_k))
     linear_kernel[(triton.cdiv(outputs, block_n), len(x))](

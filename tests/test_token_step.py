@@ -51,7 +51,7 @@ def steps(model, positions, count, fused):
 def test_a_fused_step_is_the_step(monkeypatch, name, most):
     monkeypatch.setattr(module, "MOST_ROWS", most)
     monkeypatch.setattr(token_step, "TILE", 128)  # several tiles of slots and of outputs
-    monkeypatch.setattr(token_step, "MOST_INPUTS", 32)
+    monkeypatch.setattr(token_step, "PROGRAMS", 9)
     rope = FAMILIES[name].position == "rope"
     positions = [0, 17 if rope else 8]  # the last wraps around
     want, want_kv = steps(make_model(name, torch.float64), positions, 2, fused=False)

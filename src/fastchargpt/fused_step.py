@@ -96,7 +96,7 @@ def _linear(
     from fastchargpt.kernels import token_step
 
     layer = norm if isinstance(norm, LayerNorm) else None
-    if len(x) <= MOST_ROWS:
+    if len(x) <= MOST_ROWS and x.shape[1] <= token_step.MOST_INPUTS:
         return token_step.linear(
             x,
             linear.weight,
