@@ -21,9 +21,9 @@ DRAFT_BYTES = 16 * 2**20
 DRAFT_TOKENS = 32
 # fewer tokens than these do not earn the capture of a graph, which takes about as long as two steps without one
 GRAPH_TOKENS = 8
-# Fused kernels take some 3 s to compile when a shape is first met on a machine, as long as their launches save at some
-# 0.1 ms a token in so many (an estimate).
-FUSED_TOKENS = 30_000
+# Fused kernels took 3.0 s to compile when a shape was first met, and then saved 0.15 ms a step (4 x 128, on an H200): so many
+# steps earn it back.
+FUSED_TOKENS = 20_000
 
 _said: set[str] = set()
 
@@ -45,7 +45,7 @@ class EngineConfig:
     # draft tokens with int8 weights and let the fp32 weights judge several at once; the text is the same either way
     speculate: Literal["auto", "on", "off"] = "auto"
     # let the graph engine launch Triton kernels instead of torch's operations: fewer, but they take seconds to compile
-    # when first used on a machine; auto: for 30,000 tokens or more
+    # when first used on a machine; auto: for 20,000 tokens or more
     fuse: Literal["auto", "on", "off"] = "auto"
 
     def __post_init__(self) -> None:
