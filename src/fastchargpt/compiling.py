@@ -109,7 +109,7 @@ class AutoCompile:
     def __init__(self, step: TrainStep, *, last: int, log: Callable[[str], None], costs: CostFile, key: str) -> None:
         self._step, self._last, self._log, self._costs, self._key = step, last, log, costs, key
         self._times: list[tuple[int, float]] = []  # steps, and seconds for each of them
-        self._skip = True  # the first times hold what is done once
+        self._skip = True  # the first times hold what is done once: compiling, and making a CUDA graph
         self._plain: float | None = None  # seconds of a step that is not compiled, once known
         self.decided = False
 
@@ -123,7 +123,7 @@ class AutoCompile:
         if self.decided:
             return
         if self._skip:
-            self._skip = False
+            self._skip = not self._step.settled
             return
         self._times.append((steps, seconds))
         if sum(steps for steps, _ in self._times) < TIMED_STEPS:

@@ -98,6 +98,11 @@ class TrainStep:
         """Whether the forward and backward pass are compiled."""
         return self._is_compiled
 
+    @property
+    def settled(self) -> bool:
+        """Whether the next steps are like the last: nothing is left to be captured."""
+        return self.captured is None or self.captured.problem is not None or self.captured.captured > 0
+
     def compile(self, on: bool = True) -> None:
         """Compile the forward and backward pass from the next step on, or stop using what was compiled."""
         self._is_compiled = on
