@@ -50,7 +50,9 @@ ELSEWHERE = {
     "cuda": CompileCost(
         # with a cold cache, beside other work. Of the modern family under Muon the share is less, of a model without
         # dropout more
-        seconds=30.0, share=0.76, source="as measured on an H200 at shakespeare-char's shape"
+        seconds=30.0,
+        share=0.76,
+        source="as measured on an H200 at shakespeare-char's shape",
     ),
 }
 

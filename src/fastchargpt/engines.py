@@ -21,8 +21,8 @@ DRAFT_BYTES = 16 * 2**20
 DRAFT_TOKENS = 32
 # fewer tokens than these do not earn the capture of a graph, which takes about as long as two steps without one
 GRAPH_TOKENS = 8
-# Fused kernels took 3.0 s to compile when a shape was first met, and then saved 0.15 ms a step (4 x 128, on an H200): so
-# many steps earn it back.
+# Fused kernels took 3.0 s to compile when a shape was first met, and then saved 0.15 ms a step (4 x 128, on an H200):
+# so many steps earn it back.
 FUSED_TOKENS = 20_000
 
 _said: set[str] = set()
