@@ -40,7 +40,7 @@ HALF: dict[str, dict[int, list[Settings]]] = {
     "forward": {
         32: [(64, 64, 4, 2), (64, 32, 4, 2), (64, 32, 4, 1)],
         64: [(64, 64, 4, 2), (64, 32, 4, 2), (64, 32, 4, 1)],
-        128: [(64, 64, 4, 2), (128, 64, 8, 2), (64, 32, 4, 2), (64, 32, 4, 1), (32, 32, 4, 1)],
+        128: [(64, 64, 4, 2), (128, 64, 8, 2), (128, 32, 8, 2), (64, 32, 4, 2), (64, 32, 4, 1), (32, 32, 4, 1)],
         256: [(64, 32, 4, 1), (64, 32, 8, 1), (32, 32, 4, 1), (16, 32, 4, 1), (16, 16, 4, 1)],
     },
     "decode": {
@@ -57,13 +57,13 @@ HALF: dict[str, dict[int, list[Settings]]] = {
     "dq": {
         32: [(64, 64, 4, 2), (64, 32, 4, 2), (64, 32, 4, 1)],
         64: [(64, 64, 4, 2), (64, 32, 4, 2), (64, 32, 4, 1), (32, 32, 4, 1)],
-        128: [(64, 32, 4, 2), (64, 32, 4, 1), (32, 32, 4, 1), (16, 32, 4, 1)],
+        128: [(64, 64, 4, 2), (64, 32, 4, 2), (64, 32, 4, 1), (32, 32, 4, 1), (16, 32, 4, 1)],
         256: [(32, 32, 4, 1), (32, 32, 8, 1), (16, 32, 4, 1), (16, 16, 4, 1), (16, 16, 8, 1)],
     },
     "dkdv": {
         32: [(64, 64, 4, 2), (32, 64, 4, 2), (32, 64, 4, 1)],
         64: [(32, 64, 4, 2), (32, 64, 4, 1), (32, 32, 4, 1)],
-        128: [(32, 64, 4, 2), (32, 64, 8, 1), (32, 32, 4, 1), (16, 32, 4, 1), (16, 32, 8, 1)],
+        128: [(32, 64, 4, 2), (64, 64, 8, 2), (32, 64, 8, 1), (32, 32, 4, 1), (16, 32, 4, 1), (16, 32, 8, 1)],
         256: [(32, 32, 8, 1), (16, 32, 8, 1), (16, 32, 4, 1), (16, 16, 4, 1), (16, 16, 8, 1)],
     },
 }
@@ -85,20 +85,39 @@ EXACT_TILES: dict[int, list[Settings]] = {16: [(16, 16, 4, 1)], 32: [(32, 32, 4,
 # four warps over 128 queries read the least shared memory, which is what bounds dq; where they multiply together (WGMMA
 # of sm_90, tensor memory of sm_100), eight over 128 x 64 do, and they hold dropout's registers. sm_86, sm_89 and sm_120
 # have a quarter of the tensor cores to the same shared memory: there products bound, and wider diagonals only add some.
+# At head_dim 128 the same holds as far as registers go. One stage stands first only where two spill or are estimated
+# slower by more than a tenth: what it costs to wait for loads, the estimate does not see.
 FIRST: dict[tuple[str, int], dict[tuple[str, ...], list[Settings]]] = {
+    ("forward", 128): {
+        ("sm_80", "sm_100"): [(128, 64, 8, 2)],
+        ("gfx942",): [(128, 32, 4, 2)],
+    },
+    ("blocks", 128): {
+        ("sm_100",): [(32, 64, 4, 1)],
+        ("gfx942",): [(16, 64, 4, 2)],
+    },
     ("dq", 64): {
         ("sm_80",): [(128, 32, 4, 2), (64, 32, 4, 2)],
         ("sm_90", "sm_100"): [(128, 64, 8, 2)],
         ("gfx942",): [(128, 32, 4, 2)],
     },
+    ("dq", 128): {
+        ("sm_80",): [(64, 64, 4, 2), (128, 32, 8, 2)],
+        ("sm_100",): [(128, 64, 8, 2)],
+        ("gfx942",): [(128, 32, 4, 1)],
+    },
     ("dkdv", 64): {
         ("sm_80",): [(64, 64, 4, 2), (64, 32, 4, 2)],
         ("sm_90", "sm_100"): [(64, 128, 8, 2)],
     },
+    ("dkdv", 128): {
+        ("sm_100",): [(64, 128, 8, 2)],
+        ("gfx942",): [(16, 64, 4, 2)],
+    },
 }
 # Where the one-launch backward ends: where two launches are estimated faster by more than a tenth, whether tensor cores
 # overlap with everything or with nothing (tuning/README.md has the figures).
-BLOCKS_UP_TO = {("sm_80", 64): 256, ("sm_100", 64): 256}
+BLOCKS_UP_TO = {("sm_80", 64): 256, ("sm_100", 64): 256, ("sm_80", 128): 128, ("sm_100", 128): 256}
 BLOCKS_UP_TO_ELSEWHERE = 512
 
 

@@ -50,8 +50,10 @@ HEAD_DIMS = (32, 64, 128)
 WIDTH, TOKENS = 384, 16384
 ENTERS_EVERY_LOOP = 512  # a sequence of several blocks of any size in the tables
 BEYOND_SHORT = 1 << 20  # a sequence that no one-launch backward serves
-# Block sizes (owned, walked over), warps, stages that the textbook may choose from.
-TEXTBOOK = ((64, 32, 4, 2), (64, 64, 4, 2), (128, 64, 8, 2), (32, 32, 4, 2), (64, 32, 4, 1))
+# Block sizes (owned, walked over), warps, stages that the textbook may choose from, by head_dim: at 128 also those that
+# the package's own tables take there.
+_USUAL = ((64, 32, 4, 2), (64, 64, 4, 2), (128, 64, 8, 2), (32, 32, 4, 2), (64, 32, 4, 1))
+TEXTBOOK = {32: _USUAL, 64: _USUAL, 128: (*_USUAL, (64, 64, 8, 2), (64, 16, 4, 2))}
 
 
 class Row(NamedTuple):
@@ -214,9 +216,9 @@ def _fewest_bytes(direction: str, n_ctx: int, head_dim: int) -> int:
 def textbook_row(target: str, n_ctx: int, head_dim: int) -> Row:
     """The fastest of the textbook's settings that pass the gate, or of all, marked, if none does."""
     found = []
-    for settings in TEXTBOOK:
-        if settings[0] > max(n_ctx, 32) or settings[0] * head_dim > 8192:
-            continue  # more than the sequence, or certain to spill
+    for settings in TEXTBOOK[head_dim]:
+        if settings[0] > max(n_ctx, 32):
+            continue  # more than the sequence
         blocks = "{}x{} w{} s{}".format(*settings)
         row, objections = bound(
             textbook(settings),
