@@ -77,6 +77,7 @@ TILES: dict[int, list[Settings]] = {  # by the longest sequence
 # At head_dim 128 dq holds four of them and passes as 16 x 16 with 8 warps alone; at 256 it spills in every shape.
 EXACT: dict[str, list[Settings]] = {
     "forward": [(32, 32, 4, 2), (32, 32, 4, 1), (32, 32, 8, 1), (16, 16, 8, 1)],
+    "decode": [(16, 32, 4, 2), (16, 32, 4, 1), (16, 16, 4, 1), (16, 16, 8, 1)],
     "dq": [(32, 32, 4, 1), (32, 32, 8, 1), (16, 16, 8, 1)],
     "dkdv": [(32, 32, 4, 1), (32, 32, 8, 1), (16, 16, 8, 1)],
 }
@@ -87,32 +88,35 @@ EXACT_TILES: dict[int, list[Settings]] = {16: [(16, 16, 4, 1)], 32: [(32, 32, 4,
 # have a quarter of the tensor cores to the same shared memory: there products bound, and wider diagonals only add some.
 # At head_dim 128 the same holds as far as registers go. One stage stands first only where two spill or are estimated
 # slower by more than a tenth: what it costs to wait for loads, the estimate does not see.
-FIRST: dict[tuple[str, int], dict[tuple[str, ...], list[Settings]]] = {
-    ("forward", 128): {
+FIRST: dict[tuple[str, str, int], dict[tuple[str, ...], list[Settings]]] = {
+    ("forward", "half", 128): {
         ("sm_80", "sm_100"): [(128, 64, 8, 2)],
         ("gfx942",): [(128, 32, 4, 2)],
     },
-    ("blocks", 128): {
+    ("blocks", "half", 128): {
         ("sm_100",): [(32, 64, 4, 1)],
         ("gfx942",): [(16, 64, 4, 2)],
     },
-    ("dq", 64): {
+    ("dq", "half", 64): {
         ("sm_80",): [(128, 32, 4, 2), (64, 32, 4, 2)],
         ("sm_90", "sm_100"): [(128, 64, 8, 2)],
         ("gfx942",): [(128, 32, 4, 2)],
     },
-    ("dq", 128): {
+    ("dq", "half", 128): {
         ("sm_80",): [(64, 64, 4, 2), (128, 32, 8, 2)],
         ("sm_100",): [(128, 64, 8, 2)],
         ("gfx942",): [(128, 32, 4, 1)],
     },
-    ("dkdv", 64): {
-        ("sm_80",): [(64, 64, 4, 2), (64, 32, 4, 2)],
+    ("dkdv", "half", 64): {
+        ("sm_80",): [(32, 64, 4, 2), (32, 128, 8, 2)],
         ("sm_90", "sm_100"): [(64, 128, 8, 2)],
     },
-    ("dkdv", 128): {
+    ("dkdv", "half", 128): {
         ("sm_100",): [(64, 128, 8, 2)],
         ("gfx942",): [(16, 64, 4, 2)],
+    },
+    ("dkdv", "fp32", 64): {
+        ("gfx942",): [(32, 32, 4, 2)],  # with one stage a window and a soft-cap spill
     },
 }
 # Where the one-launch backward ends: where two launches are estimated faster by more than a tenth, whether tensor cores
@@ -124,17 +128,14 @@ BLOCKS_UP_TO_ELSEWHERE = 512
 def candidates(target: str, kernel: str, dtype: str, head_dim: int, max_length: int | None) -> list[Settings]:
     if kernel == "tile":
         return (TILES if dtype == "half" else EXACT_TILES)[max_length or 0]
-    if dtype == "half":
-        preferred = [
-            settings
-            for targets, found in FIRST.get((kernel, head_dim), {}).items()
-            if target in targets
-            for settings in found
-        ]
-        return list(dict.fromkeys((*preferred, *HALF[kernel].get(head_dim, []))))
-    if kernel == "decode":
-        return [(16, 32, 4, 2), (16, 32, 4, 1), (16, 16, 4, 1), (16, 16, 8, 1)]
-    return [] if kernel == "blocks" else EXACT[kernel]
+    preferred = [
+        settings
+        for targets, found in FIRST.get((kernel, dtype, head_dim), {}).items()
+        if target in targets
+        for settings in found
+    ]
+    usual = HALF[kernel].get(head_dim, []) if dtype == "half" else EXACT.get(kernel, [])
+    return list(dict.fromkeys((*preferred, *usual)))
 
 
 def slots(target: str, dtypes: Iterable[str], head_dims: Iterable[int]) -> Iterator[tuple[str, str, int, int | None]]:
