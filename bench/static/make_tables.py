@@ -121,7 +121,13 @@ FIRST: dict[tuple[str, str, int], dict[tuple[str, ...], list[Settings]]] = {
 }
 # Where the one-launch backward ends: where two launches are estimated faster by more than a tenth, whether tensor cores
 # overlap with everything or with nothing (tuning/README.md has the figures).
-BLOCKS_UP_TO = {("sm_80", 64): 256, ("sm_100", 64): 256, ("sm_80", 128): 128, ("sm_100", 128): 256}
+BLOCKS_UP_TO = {
+    ("sm_80", 64): 256,
+    ("sm_100", 64): 256,
+    ("gfx942", 64): 256,
+    ("sm_80", 128): 128,
+    ("sm_100", 128): 256,
+}
 BLOCKS_UP_TO_ELSEWHERE = 512
 
 
