@@ -14,7 +14,7 @@ from fastchargpt.kernels import flash_backward, flash_decode, flash_forward, fla
 from fastchargpt.kernels.launch import launch_arguments
 from fastchargpt.kernels.tuning import Config, Entry
 
-__all__ = ["BOTH", "VARIED", "Case", "cases", "run_backward", "run_kernel"]
+__all__ = ["BOTH", "RAGGED", "VARIED", "Case", "cases", "run_backward", "run_kernel"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,6 +34,7 @@ class Case:
     softcap: float | None = None
 
 
+RAGGED = ("blocks", "dkdv")  # they have other code for a sequence that is no multiple of their block of rows
 VARIED = ("forward", "decode", "dq", "dkdv")  # the kernels that have a sliding window and a soft-cap
 # In machine code it counts that they are there: which window and which cap are arguments like any other.
 BOTH: dict[str, Any] = {"window": 100, "softcap": 30.0}
@@ -44,7 +45,7 @@ def cases(entry: Entry, table: Iterable[Entry] = (), *, thorough: bool = False) 
 
     An entry for dropout serves the plain kernel too, unless its table has another one for that. Unless the entry says
     that it has none, each launch is also made with a window and a soft-cap together, the most that can be asked of it;
-    thoroughly, with one alone too.
+    thoroughly, with one alone too. Kernels that tell a ragged sequence from an even one have to pass both.
     """
     length = min(entry.max_length or 1024, 1024)
     if entry.dtype == "half":
@@ -60,6 +61,8 @@ def cases(entry: Entry, table: Iterable[Entry] = (), *, thorough: bool = False) 
         varied = [case for case in found if entry.has_variants(case.dropout)]
         variants = [BOTH, *({name: value} for name, value in BOTH.items() if thorough)]
         found += [dataclasses.replace(case, **variant) for case in varied for variant in variants]
+    if entry.config.kernel in RAGGED:
+        found += [dataclasses.replace(case, length=case.length - 1) for case in found]
     if thorough:
         narrower = [{"head_dim": d} for d in (entry.head_dim - 12, entry.head_dim // 2, entry.head_dim // 4)]
         changes = ({"causal": False}, {"kv_heads": 2}, *narrower)

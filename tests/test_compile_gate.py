@@ -8,6 +8,7 @@ are the same; whatever has no record is compiled too. FASTCHARGPT_GATE=full comp
 
 import dataclasses
 import functools
+import itertools
 import os
 
 import pytest
@@ -15,7 +16,7 @@ import torch
 from aot import TARGETS
 from gate import judge, launches_of
 from gate_report import RECORD, everything, key_of, read_record, variant_of
-from launches import cases
+from launches import RAGGED, cases
 from make_tables import SHIPPED, choose
 
 from fastchargpt.kernels.tuning import Config, Entry, known_archs
@@ -100,6 +101,9 @@ def test_cases_cover_what_an_entry_serves():
     assert [(case.dtype, case.dropout) for case in plain(half)] == [(torch.bfloat16, False), (torch.bfloat16, True)]
     assert [case.dropout for case in plain(half, (half, entry("half", dropout=False)))] == [True]
     assert [case.dropout for case in plain(entry("half", kernel="decode"))] == [False]
+    for kernel in RAGGED:
+        lengths = {(case.length % 64 == 0, case.dropout) for case in cases(entry("half", kernel=kernel))}
+        assert lengths == set(itertools.product((False, True), repeat=2))
     assert [(case.tf32, case.dropout) for case in plain(entry("fp32", dropout=False))] == [
         (False, False),
         (True, False),

@@ -48,7 +48,7 @@ class Row(NamedTuple):
     head_dim: int
     max_length: str
     dropout: bool
-    variant: str  # "window", "softcap", both, or neither
+    variant: str  # of "window", "softcap" and "ragged" (a sequence that is no multiple of the block) those there are
     block_m: int
     block_n: int
     warps: int
@@ -72,7 +72,8 @@ class Row(NamedTuple):
 
 def variant_of(case: Case) -> str:
     """What a case has besides plain attention, in words."""
-    return " ".join(name for name in ("window", "softcap") if getattr(case, name) is not None)
+    found = [name for name in ("window", "softcap") if getattr(case, name) is not None]
+    return " ".join(found + ["ragged"] * (case.length % 2))
 
 
 def key_of(config: Config, case: Case, target: str) -> str:
