@@ -13,13 +13,13 @@ PAGE = """<!doctype html>
 :root {
   --paper: #ffffff; --card: #f5f6f8; --ink: #1d2129; --muted: #5d6572; --rule: #dfe3e8; --bar: #cfe0f5;
   --c0: #0b6bcb; --c1: #c2410c; --c2: #15803d; --c3: #9333ea;
-  --c4: #b45309; --c5: #0e7490; --c6: #be185d; --c7: #4b5563;
+  --c4: #be185d; --c5: #0e7490; --c6: #7c6f00; --c7: #4b5563;
 }
 @media (prefers-color-scheme: dark) {
   :root {
     --paper: #14171c; --card: #1c2027; --ink: #e8eaee; --muted: #a3abb8; --rule: #323843; --bar: #27425f;
     --c0: #6db3f8; --c1: #fb923c; --c2: #4ade80; --c3: #c99bfa;
-    --c4: #facc15; --c5: #4fd1e0; --c6: #f783b8; --c7: #b6bec9;
+    --c4: #f783b8; --c5: #4fd1e0; --c6: #facc15; --c7: #b6bec9;
   }
 }
 * { box-sizing: border-box; }

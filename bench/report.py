@@ -14,7 +14,7 @@ from fastchargpt.bench.runs import Change, Row, Run, changes, load_run, rivalrie
 __all__ = ["machine_lines", "to_html", "to_markdown", "write_report"]
 
 BUSY = 0.2  # processors that other work may have had for a run to count as quiet
-NO_GPU = "No GPU has run this: every figure here was measured on a CPU."
+NO_GPU = "No GPU took part in this run: every figure was measured on a CPU."
 
 
 @dataclass(frozen=True)

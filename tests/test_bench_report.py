@@ -134,7 +134,7 @@ def test_the_page(tmp_path: Path) -> None:
     assert "prefers-color-scheme: dark" in text
     table = markdown.read_text(encoding="utf-8")
     for words in (
-        "No GPU has run this",
+        "No GPU took part in this run",
         "within noise",
         "| 0.50x | slower |",
         "| 2.00x | faster |",
