@@ -5,10 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from strict_interpreter import strict_interpreter
 
+from fastchargpt.attention import causal_attention
 from fastchargpt.errors import ConfigError
 from fastchargpt.kernels import tables, tuning
 from fastchargpt.kernels.tuning import Config, Entry, known_archs, load_table, plan_for, widest_head
+from fastchargpt.parity import attention_inputs, check_attention
 
 HEAD_DIMS = (8, 16, 59, 64, 128)
 
@@ -31,6 +34,29 @@ def test_a_table_serves_what_small_gpts_need_at_every_length(arch: str) -> None:
                         assert length <= min(backward.block_m, backward.block_n)
                 else:
                     assert [config.kernel for config in plan.backward] == ["dq", "dkdv"]
+
+
+@pytest.mark.parametrize("arch", known_archs())
+def test_what_a_table_serves_in_fp32(arch: str) -> None:
+    """Up to head_dim 128 at every length; beyond, exact products leave dq no registers on any target."""
+    for length in (1, 64, 1000):
+        assert plan_for(arch, "fp32", 128, length, False).backward
+    with pytest.raises(ConfigError, match="entry for fp32, head_dim 129"):
+        plan_for(arch, "fp32", 129, 1000, False)
+
+
+@pytest.mark.parametrize(("head_dim", "precision"), [(100, "highest"), (128, "highest"), (128, "high")])
+def test_wide_heads_in_fp32_are_right_with_the_tables_settings(head_dim: int, precision: str) -> None:
+    inputs = attention_inputs(1, 2, 70, head_dim, device=torch.device("cpu"), dtype=torch.float32)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        with strict_interpreter():
+            eps = 2.0**-10 if precision == "high" else None
+            parity = check_attention(lambda q, k, v: causal_attention(q, k, v, backend="triton"), inputs, eps=eps)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert parity.right, parity
 
 
 @pytest.mark.parametrize("arch", known_archs())
