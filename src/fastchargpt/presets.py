@@ -81,11 +81,12 @@ PRESETS: dict[str, Preset] = {
         train=TrainConfig(batch_size=12, max_iters=2000, learning_rate=3e-3, schedule="linear", min_lr=0.0),
     ),
     "speedrun": Preset(
-        about="the modern family under Muon at shakespeare-char's shape: the best loss, for one GPU",
+        about="the modern family under Muon at shakespeare-char's shape: past its best loss in 16 s of an H200",
         model=GPTConfig.family("modern", **_CHAR),
+        # eight passes over tiny shakespeare: the training loss is then a fifth below the validation loss
         train=TrainConfig(
-            batch_size=64,
-            max_iters=2000,
+            batch_size=32,
+            max_iters=1000,
             **_SPEEDRUN_TRAIN,
             learning_rate=5e-3,
             weight_decay=0.1,
