@@ -106,6 +106,26 @@ def test_one_replay_a_token_and_one_read_back_a_call(made, monkeypatch):
     assert graphs.replays == 149 - 3 * WARM_UP_STEPS
 
 
+@pytest.mark.parametrize("fuse", ["off", "on"])
+def test_past_the_context_a_cropped_text_is_one_replay_a_token_too(made, monkeypatch, fuse):
+    """Two texts, then one of them alone: the same logits as in torch."""
+    monkeypatch.setattr(engines_module, "fused_problem", lambda model: None)
+    model = make_model("nanogpt", torch.float32)
+    engine, plain = GraphEngine(model, 2, 3 * BLOCK, fused=fuse == "on"), TorchEngine(model, 2, 3 * BLOCK)
+    generator = torch.Generator().manual_seed(1)
+    windows = torch.randint(V, (9, 2, BLOCK), generator=generator).tolist()
+    for step, (left, right) in enumerate(windows):
+        rows, texts = ([1], [right]) if step > 5 else ([0, 1], [left, right])
+        got = engine.fill(rows, texts, keep=False)
+        assert torch.allclose(got, plain.fill(rows, texts, keep=False), atol=1e-5)
+    [graphs] = made
+    assert (graphs.captures, graphs.warm_ups, graphs.replays) == (1, WARM_UP_STEPS, len(windows) - WARM_UP_STEPS)
+    config = SamplingConfig(max_new_tokens=3 * BLOCK, seed=1, context="crop")
+    before = total(made, "replays")
+    generate_tokens(model, torch.tensor([[1]]), config, GRAPH)
+    assert total(made, "replays") - before > 3 * BLOCK - 3 - 4 * WARM_UP_STEPS  # 4, 8 and 12 slots, and the crop
+
+
 @pytest.mark.parametrize(("positions", "slots"), [([0, 1, 3, 4, 7, 8, 11, 12, 99], [4, 4, 4, 8, 8, 12, 12, 12, 12])])
 def test_the_slots_looked_at_hold_every_position_seen(made, positions, slots):
     engine = GraphEngine(make_model("modern", torch.float32), 1, 100)

@@ -77,10 +77,17 @@ class _Desk:
         self.problem: str | None = None
         # what makes a graph another one -> steps taken before its capture, or its replay
         self.recordings: dict[Hashable, int | Callable[[], None]] = {}
+        self._whole: Tensor | None = None
+
+    def whole_contexts(self, block_size: int) -> Tensor:
+        """Room for a whole context of each sequence, (B, T) int64; made when first asked for."""
+        if self._whole is None:
+            self._whole = torch.zeros(len(self.tokens_B), block_size, dtype=torch.int64, device=self.state.device)
+        return self._whole
 
 
 class GraphEngine(TorchEngine):
-    """Decoding by CUDA graphs: prompts as `TorchEngine` does, then one launch a token.
+    """Decoding by CUDA graphs: prompts as `TorchEngine` does, then one launch a token, past the context too.
 
     Args:
         model: a model on a CUDA device.
@@ -123,8 +130,18 @@ class GraphEngine(TorchEngine):
 
     @torch.inference_mode()
     def fill(self, rows: Sequence[int], windows: Sequence[Sequence[int]], *, keep: bool = True) -> Tensor:
-        """See `Engine`."""
-        return super().fill(rows, windows, keep=keep)
+        """See `Engine`. Whole contexts that are not kept, as a cropped one moves on, are a graph too."""
+        if keep or any(len(window) < self.config.block_size for window in windows):
+            return super().fill(rows, windows, keep=keep)
+        whole_BT = self._desk.whole_contexts(self.config.block_size)
+        there = torch.tensor(list(windows), pin_memory=self._pinned).to(self.device, non_blocking=True)
+        if self._all(rows):
+            whole_BT.copy_(there)
+        else:
+            whole_BT.index_copy_(0, self._on_device(rows), there)
+        self._take(("whole",), self._whole_step)
+        logits_BV = self._desk.logits_BV
+        return logits_BV if self._all(rows) else logits_BV.index_select(0, self._on_device(rows))
 
     @torch.inference_mode()
     def step(self, rows: Sequence[int], tokens: Sequence[int], positions: Sequence[int]) -> Tensor:
@@ -237,6 +254,10 @@ class GraphEngine(TorchEngine):
 
     def _attention(self) -> AbstractContextManager[None]:
         return sdpa_kernel(MASKED) if self.device.type == "cuda" else contextlib.nullcontext()
+
+    def _whole_step(self) -> None:
+        whole_BT = self._desk.whole_contexts(self.config.block_size)
+        self._desk.logits_BV.copy_(self.model.logits(self.model.hidden(whole_BT)[:, -1]))
 
     def _logits_step(self, seen: int) -> None:
         self._desk.logits_BV.copy_(self._compute(seen))
