@@ -132,7 +132,9 @@ def test_the_numbers_are_those_of_one_process(name: str, tmp_path: Path) -> None
     assert moments.keys() == expected.keys()
     for key, kept in moments.items():
         for moment, value in kept.items():
-            torch.testing.assert_close(value, expected[key][moment], rtol=500 * tolerance, atol=tolerance)
+            # as a whole: single entries near zero are all rounding
+            error = (value - expected[key][moment]).norm()
+            assert error <= 2 * tolerance * expected[key][moment].norm(), (key, moment)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
