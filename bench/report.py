@@ -165,12 +165,13 @@ def _change_table(found: Sequence[Change]) -> Table:
             _seconds(change.before.median),
             _seconds(change.after.median),
             f"{change.ratio:.2f}x",
+            f"{change.drift:.2f}x",
             f"{change.before.p20 / change.before.median:.2f} to {change.before.p80 / change.before.median:.2f}",
             "within noise" if change.verdict == "same" else change.verdict,
         ]
         for change in found
     ]
-    columns = ["contest", "before", "after", "after over before", "noise band before", "verdict"]
+    columns = ["contest", "before", "after", "after over before", "others' code", "noise band before", "verdict"]
     return Table("Times, the most slowed-down first", columns, cells)
 
 

@@ -1,7 +1,9 @@
 """Results as they were saved: read, checked, compared."""
 
+import dataclasses
 import json
 import math
+import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,6 +100,8 @@ class Change:
 
     before: Row
     after: Row
+    # by how much others' code in the same contest got slower meanwhile, which is the machine's doing
+    drift: float = 1.0
 
     @property
     def ratio(self) -> float:
@@ -105,13 +109,21 @@ class Change:
         return self.after.median / self.before.median if self.before.median else math.nan
 
     @property
+    def own(self) -> float:
+        """What is left of the ratio without the machine's part."""
+        return self.ratio / self.drift
+
+    @property
     def verdict(self) -> Literal["slower", "faster", "same"]:
-        """`same` where the middle 60 % of the two runs' samples overlap, or the medians are all but equal."""
+        """`same` where the middle 60 % of the two runs' samples overlap, or the medians are all but equal.
+
+        The later run is taken without the machine's drift.
+        """
         few = min(row.facts.get("rounds", QUICK_ROUNDS) for row in (self.before, self.after)) < QUICK_ROUNDS
         least = LEAST_CHANGE_QUICK if few else LEAST_CHANGE
-        if self.after.p20 > self.before.p80 and self.ratio > 1 + least:
+        if self.after.p20 / self.drift > self.before.p80 and self.own > 1 + least:
             return "slower"
-        if self.after.p80 < self.before.p20 and self.ratio < 1 - least:
+        if self.after.p80 / self.drift < self.before.p20 and self.own < 1 - least:
             return "faster"
         return "same"
 
@@ -120,7 +132,22 @@ def changes(before: Run, after: Run) -> list[Change]:
     """What both runs measured, the slowed-down first."""
     known = {(row.contest, row.contestant): row for row in before.rows}
     both = [(known[key], row) for row in after.rows if (key := (row.contest, row.contestant)) in known]
-    return sorted((Change(before=old, after=new) for old, new in both), key=lambda change: -change.ratio)
+    moved = [Change(before=old, after=new) for old, new in both]
+    found = [dataclasses.replace(change, drift=_drift(change, moved)) for change in moved]
+    return sorted(found, key=lambda change: -change.own)
+
+
+def _drift(change: Change, moved: list[Change]) -> float:
+    """The median ratio of the others in the contest whose code is not ours; 1 where there are none."""
+    row = change.after
+    ratios = [
+        other.ratio
+        for other in moved
+        if other.after.contest == row.contest
+        and other.after.contestant != row.contestant
+        and other.after.facts.get("side") in ("peer", "reference")
+    ]
+    return statistics.median(ratios) if ratios else 1.0
 
 
 def rivalries(run: Run) -> Iterator[tuple[Row, Row]]:

@@ -120,6 +120,33 @@ def test_changes_are_judged_by_band(tmp_path: Path, after: float, spread: float,
     assert (change.verdict, change.ratio) == (verdict, pytest.approx(after))
 
 
+@pytest.mark.parametrize(
+    ("ours", "others", "verdict", "own"),
+    [
+        (1.3, (1.3, 1.25, 1.4), "same", 1.0),  # the machine was slower
+        (1.3, (1.0, 1.0, 1.02), "slower", 1.3),
+        (1.0, (0.7, 0.7, 0.75), "slower", 1 / 0.7),  # and here it was faster
+        (0.7, (1.0, 0.99, 1.5), "faster", 0.7),  # one that was held up decides nothing
+        (1.3, (), "slower", 1.3),
+    ],
+)
+def test_what_moved_others_code_too_is_the_machines_doing(
+    tmp_path: Path, ours: float, others: tuple[float, ...], verdict: str, own: float
+) -> None:
+    names = [f"peer{i}" for i in range(len(others))]
+    sides = ["reference", *["peer"] * len(others)]
+    aside = entry("c other", "peer9", 1.0, rounds=99, side="peer")  # of another contest
+    before = [entry("c d", "mine", 1.0, rounds=99, side="ours"), aside]
+    before += [entry("c d", name, 1.0, rounds=99, side=side) for name, side in zip(names, sides, strict=False)]
+    after = [entry("c d", "mine", ours, rounds=99, side="ours"), entry("c other", "peer9", 9.0, rounds=99, side="peer")]
+    after += [
+        entry("c d", name, ratio, rounds=99, side=side) for name, ratio, side in zip(names, others, sides, strict=False)
+    ]
+    found = changes(load_run(save(tmp_path / "a.json", before)), load_run(save(tmp_path / "b.json", after)))
+    mine = next(change for change in found if change.after.contestant == "mine")
+    assert (mine.verdict, mine.own, mine.ratio) == (verdict, pytest.approx(own), pytest.approx(ours))
+
+
 def test_the_page(tmp_path: Path) -> None:
     paths = [save(tmp_path / "before.json", ENTRIES), save(tmp_path / "after.json", ENTRIES)]
     page, markdown = write_report(paths, tmp_path / "out.html")

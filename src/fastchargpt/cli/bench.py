@@ -194,7 +194,10 @@ def _compare(words: Sequence[str]) -> int:
         raise ConfigError("the two results have no contestant in common")
     for change in found:
         if change.verdict != "same":
-            print(f"{change.verdict} {change.ratio:.2f}x  {change.after.contest}: {change.after.contestant}")
+            clock = (
+                f" ({change.ratio:.2f}x by the clock, others' code {change.drift:.2f}x)" if change.drift != 1.0 else ""
+            )
+            print(f"{change.verdict} {change.own:.2f}x  {change.after.contest}: {change.after.contestant}{clock}")
     slower = sum(change.verdict == "slower" for change in found)
     faster = sum(change.verdict == "faster" for change in found)
     print(f"{len(found)} compared: {slower} slower, {faster} faster, {len(found) - slower - faster} within noise")
