@@ -26,6 +26,7 @@ from fastchargpt.decode import DecodeMemory, TorchEngine
 from fastchargpt.decode_step import decode_step, place_at
 from fastchargpt.errors import BackendUnavailableError
 from fastchargpt.fused_step import fused_draw, fused_step
+from fastchargpt.layers import CausalSelfAttention
 from fastchargpt.model import GPT
 from fastchargpt.sampling import Sampler, SamplingConfig
 
@@ -139,7 +140,9 @@ class GraphEngine(TorchEngine):
             whole_BT.copy_(there)
         else:
             whole_BT.index_copy_(0, self._on_device(rows), there)
-        self._take(("whole",), self._whole_step)
+        # the one graph that goes through the modules, where others' calls choose the attention
+        backends = tuple(part.backend for part in self.model.modules() if isinstance(part, CausalSelfAttention))
+        self._take(("whole", backends), self._whole_step)
         logits_BV = self._desk.logits_BV
         return logits_BV if self._all(rows) else logits_BV.index_select(0, self._on_device(rows))
 
