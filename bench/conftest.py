@@ -136,7 +136,7 @@ def rank(
         **facts: Any,
     ) -> None:
         if contest not in contests:
-            building = {key: build for key, build in entrants().items() if key in asked or key == name}
+            building = {key: build for key, build in entrants().items() if key in asked}
             contests[contest] = hold(
                 building, settings.device, seconds=settings.seconds, rounds=rounds or settings.rounds, lead=lead
             )

@@ -114,6 +114,11 @@ class Change:
         return self.ratio / self.drift
 
     @property
+    def excused(self) -> bool:
+        """Whether the drift alone keeps it from being called slower."""
+        return self.verdict == "same" and dataclasses.replace(self, drift=1.0).verdict == "slower"
+
+    @property
     def verdict(self) -> Literal["slower", "faster", "same"]:
         """`same` where the middle 60 % of the two runs' samples overlap, or the medians are all but equal.
 

@@ -131,7 +131,7 @@ def test_changes_are_judged_by_band(tmp_path: Path, after: float, spread: float,
     ],
 )
 def test_what_moved_others_code_too_is_the_machines_doing(
-    tmp_path: Path, ours: float, others: tuple[float, ...], verdict: str, own: float
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], ours: float, others: tuple[float, ...], verdict: str, own: float
 ) -> None:
     names = [f"peer{i}" for i in range(len(others))]
     sides = ["reference", *["peer"] * len(others)]
@@ -145,6 +145,11 @@ def test_what_moved_others_code_too_is_the_machines_doing(
     found = changes(load_run(save(tmp_path / "a.json", before)), load_run(save(tmp_path / "b.json", after)))
     mine = next(change for change in found if change.after.contestant == "mine")
     assert (mine.verdict, mine.own, mine.ratio) == (verdict, pytest.approx(own), pytest.approx(ours))
+    assert mine.excused == (verdict == "same")
+    main(["bench", "compare", str(tmp_path / "a.json"), str(tmp_path / "b.json")])
+    told = capsys.readouterr().out
+    assert ("the machine's doing 1.00x  c d: mine" in told) == mine.excused
+    assert (f"{verdict} {own:.2f}x  c d: mine" in told) == (not mine.excused)
 
 
 def test_the_page(tmp_path: Path) -> None:

@@ -193,11 +193,12 @@ def _compare(words: Sequence[str]) -> int:
     if not found:
         raise ConfigError("the two results have no contestant in common")
     for change in found:
+        clock = f" ({change.ratio:.2f}x by the clock, others' code {change.drift:.2f}x)" if change.drift != 1.0 else ""
+        what = f"{change.own:.2f}x  {change.after.contest}: {change.after.contestant}{clock}"
         if change.verdict != "same":
-            clock = (
-                f" ({change.ratio:.2f}x by the clock, others' code {change.drift:.2f}x)" if change.drift != 1.0 else ""
-            )
-            print(f"{change.verdict} {change.own:.2f}x  {change.after.contest}: {change.after.contestant}{clock}")
+            print(f"{change.verdict} {what}")
+        elif change.excused:
+            print(f"the machine's doing {what}")
     slower = sum(change.verdict == "slower" for change in found)
     faster = sum(change.verdict == "faster" for change in found)
     print(f"{len(found)} compared: {slower} slower, {faster} faster, {len(found) - slower - faster} within noise")
