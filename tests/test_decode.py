@@ -27,15 +27,6 @@ RULES = [(name, rule) for name in FAMILIES for rule in ("crop", "rechunk", "slid
 RULES = [(name, rule) for name, rule in RULES if rule != "slide" or FAMILIES[name].position == "rope"]
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    # models this small only wait for a second thread
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def make_model(name, dtype=torch.float64, seed=0):
     torch.manual_seed(seed)
     model = GPT(FAMILIES[name])

@@ -21,14 +21,6 @@ TOKENIZER = CharTokenizer(CHARS)
 ENGINES = [EngineConfig(), EngineConfig(engine="torch")]
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def make_model(family="nanogpt", vocab_size=VOCAB, dtype=torch.float32, **fields):
     torch.manual_seed(3)
     shape = {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 10, "vocab_size": vocab_size, **fields}

@@ -29,14 +29,6 @@ def _needs_the_library():
     require(native_problem(make_model("nanogpt", torch.float32)))
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(params=[1, 3])
 def threads(request, monkeypatch):
     """Models this small would be left to one thread."""
