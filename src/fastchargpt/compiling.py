@@ -48,8 +48,7 @@ ELSEWHERE = {
     # 0.92 for nanogpt's and 1.01 for the modern with dropout
     "cpu": CompileCost(seconds=22.0, share=0.92, source="as measured on two AVX-512 cores at the CPU demo's shape"),
     "cuda": CompileCost(
-        # with a cold cache, beside other work. Of the modern family under Muon the share is less, of a model without
-        # dropout more
+        # with a cold cache, beside other work; nanogpt's family with dropout, both as a CUDA graph
         seconds=30.0,
         share=0.76,
         source="as measured on an H200 at shakespeare-char's shape",

@@ -114,7 +114,7 @@ def _wall_clock(call: Callable[[], object]) -> float:
 
 
 # How long the device is kept busy before each timed call: the host enqueues the call's kernels meanwhile, so that what
-# is timed is their own time. An operator takes the host some 50 us, a forward and backward by autograd some 300.
+# is timed is their own time. On an H200 a backward then took the same, within 2 %, through autograd and as an operator.
 HEAD_START = 1e-3
 
 

@@ -180,7 +180,7 @@ class Trainer:
         )
         return AutoCompile(
             self.step,
-            last=self.config.max_iters,
+            last=config.max_iters,
             log=self._reporter.line,
             costs=CostFile(cache_dir() / "compile.json"),
             key=cost_key(self.model.config, self.device, *facts),
