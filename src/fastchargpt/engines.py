@@ -115,7 +115,8 @@ def _on_cuda(model: GPT, config: EngineConfig, sampling: SamplingConfig, batch_s
     explicit = config.engine == "graph" or config.fuse == "on"
     if (problem := graph_problem(model)) is not None:
         if explicit:
-            raise BackendUnavailableError(f"{problem}: take engine='torch'")
+            out = "leave out fuse='on'" if config.fuse == "on" else "take engine='torch'"
+            raise BackendUnavailableError(f"{problem}: {out}")
         _say_slower(problem)
     elif explicit or sampling.max_new_tokens >= GRAPH_TOKENS:
         fused = config.fuse == "on" or (config.fuse == "auto" and sampling.max_new_tokens >= FUSED_TOKENS)
