@@ -108,8 +108,9 @@ def _dq_step(
     dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
     if DROPOUT:
         keep = keep_tile(seed_ptr, batch, head, start_m, n, threshold, BLOCK_M, BLOCK_N)
-        dp = tl.where(keep, dp * keep_scale, 0.0)
-    ds = p * (dp - delta[:, None])
+        ds = p * tl.where(keep, dp * keep_scale - delta[:, None], -delta[:, None])
+    else:
+        ds = p * (dp - delta[:, None])
     if softcap is not None:
         ds *= 1.0 - tanh * tanh
     return tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
@@ -253,12 +254,12 @@ def _dkdv_step(
     dp_t = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
     if DROPOUT:
         keep_t = tl.trans(keep_tile(seed_ptr, batch, head, m, start_n, threshold, BLOCK_M, BLOCK_N))
-        dropped_t = tl.where(keep_t, p_t * keep_scale, 0.0)
-        dp_t = tl.where(keep_t, dp_t * keep_scale, 0.0)
+        dropped_t = tl.where(keep_t, p_t, 0.0)
         dv = tl.dot(dropped_t.to(dout.dtype), dout, dv, input_precision=PRECISION)
+        ds_t = p_t * tl.where(keep_t, dp_t * keep_scale - delta[None, :], -delta[None, :])
     else:
         dv = tl.dot(p_t.to(dout.dtype), dout, dv, input_precision=PRECISION)
-    ds_t = p_t * (dp_t - delta[None, :])
+        ds_t = p_t * (dp_t - delta[None, :])
     if softcap is not None:
         ds_t *= 1.0 - tanh_t * tanh_t
     dk = tl.dot(ds_t.to(q.dtype), q, dk, input_precision=PRECISION)
@@ -306,7 +307,7 @@ def dkdv_of_block(
     INLINE_DELTA: tl.constexpr,
     HAS_DLSE: tl.constexpr,
 ):
-    """Add one query head's part to dk / |scale| and dv of a block of keys, [BLOCK_N, BLOCK_D].
+    """Add one query head's part to dk / |scale| and dv / keep_scale of a block of keys, [BLOCK_N, BLOCK_D].
 
     RAGGED: tq is no multiple of BLOCK_M. INLINE_DELTA: lse_head holds what the forward wrote, and delta is computed
     from out; else both are from `keep_rows`.

@@ -10,7 +10,7 @@ namespace {
 
 // 32-bit words, each in the low half of a lane of 64 bits; what stands above it is never read.
 typedef uint64_t words __attribute__((vector_size(LANES_WIDE * 4)));
-constexpr int COUNTERS = LANES_WIDE / 2;        // at a time; each gives four neighbouring columns
+constexpr int COUNTERS = LANES_WIDE / 2;        // at a time; each gives a row four of the sixteen columns
 constexpr int DROP_ROWS = COUNTERS / 4;         // rows of sixteen columns that makes
 constexpr uint64_t LOW_WORD = 0xFFFFFFFF;
 
@@ -28,20 +28,20 @@ inline words multiply(words a, words b) {
 // One site of dropout in one call: attention weights of a layer, or a tensor of B T rows.
 struct Dropout {
     uint64_t seed = 0;
-    int threshold = 0;   // draws of 31 bits below it are dropped; 0 drops nothing
+    int threshold = 0;   // draws of 16 bits below it are dropped; 0 drops nothing
     int T = 1;           // rows of a sequence
     explicit operator bool() const { return threshold > 0; }
 
     // Factors, 0 or 1 / (probability to keep), for `count` rows from m on, (row of the batch, b T + t), and the sixteen
     // columns of a panel. `out` has room for whole DROP_ROWS.
     void factors(int head, int m, int count, int panel, float* out) const {
-        const float kept = float(1.0 / (1.0 - double(threshold) / 2147483648.0));
+        const float kept = float(1.0 / (1.0 - threshold / 65536.0));
         for (int r = 0; r < count; r += DROP_ROWS) {
             words c0, c1, c2 = words{} + uint64_t(head), c3;
             for (int lane = 0; lane < COUNTERS; lane++) {
-                const int row = m + r + lane / 4;
+                const int row = m + r + lane / 4, t = row % T;
                 c0[lane] = uint64_t(panel) * 4 + lane % 4;
-                c1[lane] = uint64_t(row % T);
+                c1[lane] = uint64_t(t / 16 * 8 + t % 8);
                 c3[lane] = uint64_t(row / T);
             }
             const words a = words{} + 0xD2511F53u, b = words{} + 0xCD9E8D57u;
@@ -56,8 +56,13 @@ struct Dropout {
                 k1 = (k1 + 0xBB67AE85u) & LOW_WORD;
             }
             const words drawn[4] = {c0, c1, c2, c3};
-            for (int lane = 0; lane < COUNTERS; lane++) for (int j = 0; j < 4; j++)
-                out[r * WIDE + lane * 4 + j] = int((drawn[j][lane] & LOW_WORD) >> 1) >= threshold ? kept : 0.0f;
+            for (int lane = 0; lane < COUNTERS; lane++) for (int right = 0; right < 2; right++) {
+                const int lower = (m + r + lane / 4) % T % 16 / 8;
+                const uint32_t word = uint32_t(drawn[2 * lower + right][lane]);
+                float* to = out + (r + lane / 4) * WIDE + right * 8 + lane % 4 * 2;
+                to[0] = int(word & 0xFFFF) >= threshold ? kept : 0.0f;
+                to[1] = int(word >> 16) >= threshold ? kept : 0.0f;
+            }
         }
     }
 };

@@ -195,7 +195,7 @@ def backward_dkdv_kernel(
     dk_head = head_pointer(dk_ptr, batch, kv_head, stride_dkb, stride_dkh)
     dv_head = head_pointer(dv_ptr, batch, kv_head, stride_dvb, stride_dvh)
     store_tile(dk_head, dk * tl.abs(scale), start_n, stride_dkt, stride_dkd, tk, BLOCK_N, HEAD_DIM, BLOCK_D)
-    store_tile(dv_head, dv, start_n, stride_dvt, stride_dvd, tk, BLOCK_N, HEAD_DIM, BLOCK_D)
+    store_tile(dv_head, dv * keep_scale, start_n, stride_dvt, stride_dvd, tk, BLOCK_N, HEAD_DIM, BLOCK_D)
 
 
 def backward(

@@ -110,7 +110,7 @@ def backward_tile_kernel(
         dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
         if DROPOUT:
             keep = keep_tile(seed_ptr, batch, head, 0, 0, threshold, BLOCK_M, BLOCK_N)
-            dropped = tl.where(keep, p * keep_scale, 0.0)
+            dropped = tl.where(keep, p, 0.0)
             dp = tl.where(keep, dp * keep_scale, 0.0)
             dv = tl.dot(tl.trans(dropped.to(dout.dtype)), dout, dv, input_precision=PRECISION)
         else:
@@ -127,7 +127,7 @@ def backward_tile_kernel(
     dk_head = head_pointer(dk_ptr, batch, kv_head, stride_dkb, stride_dkh)
     dv_head = head_pointer(dv_ptr, batch, kv_head, stride_dvb, stride_dvh)
     store_tile(dk_head, dk * tl.abs(scale), 0, stride_dkt, stride_dkd, tk, BLOCK_N, HEAD_DIM, BLOCK_D)
-    store_tile(dv_head, dv, 0, stride_dvt, stride_dvd, tk, BLOCK_N, HEAD_DIM, BLOCK_D)
+    store_tile(dv_head, dv * keep_scale, 0, stride_dvt, stride_dvd, tk, BLOCK_N, HEAD_DIM, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=["tq", "tk", "threshold"])
@@ -223,7 +223,7 @@ def backward_blocks_kernel(
         dk_head = head_pointer(dk_ptr, batch, kv_head, stride_dkb, stride_dkh)
         dv_head = head_pointer(dv_ptr, batch, kv_head, stride_dvb, stride_dvh)
         store_tile(dk_head, dk * tl.abs(scale), start, stride_dkt, stride_dkd, tk, BLOCK_N, HEAD_DIM, BLOCK_D)
-        store_tile(dv_head, dv, start, stride_dvt, stride_dvd, tk, BLOCK_N, HEAD_DIM, BLOCK_D)
+        store_tile(dv_head, dv * keep_scale, start, stride_dvt, stride_dvd, tk, BLOCK_N, HEAD_DIM, BLOCK_D)
 
     if start < tq:
         for member in range(group):

@@ -1,9 +1,11 @@
 """Dropout bits: Philox 4x32 counters, the same on a CPU in torch and on a GPU in Triton.
 
 Whether the weight of one key for one query is kept depends on (seed, batch, head, row, column) and on nothing else:
-not on the tile that computes it, not on the order, not on the device. One Philox call gives the bits of four
-neighbouring columns. Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011), with the seven
-rounds that pass its BigCrush runs.
+not on the tile that computes it, not on the order, not on the device. One Philox call gives eight draws of 16 bits:
+of each 16 x 16 block of scores those of the rows r and r + 8 and the columns c, c + 1, c + 8 and c + 9, which are what
+one thread holds of a tensor core's tile, so that in a kernel no draw moves between threads. Source: Salmon et al.,
+"Parallel random numbers: as easy as 1, 2, 3" (SC 2011), with the seven rounds that pass its BigCrush runs; PTX ISA,
+"Matrix fragments for mma.m16n8k16", for who holds what.
 """
 
 import torch
@@ -31,13 +33,13 @@ def draw_seeds(count: int) -> torch.Tensor:
 
 
 def dropout_threshold(dropout_p: float) -> int:
-    """The 31-bit number below which a draw drops: round(p * 2**31), which a signed 32-bit kernel argument holds."""
-    return min(round(dropout_p * 2**31), 2**31 - 1)
+    """The 16-bit number below which a draw drops: round(p * 2**16), so a p below 2**-17 drops nothing."""
+    return min(round(dropout_p * 2**16), 2**16 - 1)
 
 
 def keep_probability(dropout_p: float) -> float:
     """The probability with which `dropout_threshold` really keeps: survivors are divided by it, so there is no bias."""
-    return 1.0 - dropout_threshold(dropout_p) / 2**31
+    return 1.0 - dropout_threshold(dropout_p) / 2**16
 
 
 def philox_4x32(
@@ -69,8 +71,13 @@ def keep_mask(
         shape[dim] = count
         return torch.arange(start, start + count, dtype=torch.int64, device=seed.device).view(shape)
 
-    groups = -(-columns // 4)
+    blocks = -(-columns // 16)
+    row = along(2, first_row, rows)
     key = (seed & _LOW, (seed >> 32) & _LOW)
-    words = philox_4x32((along(3, 0, groups), along(2, first_row, rows), along(1, 0, heads), along(0, 0, batch)), key)
-    draws = torch.stack(words, dim=-1).view(batch, heads, rows, 4 * groups)[..., :columns]
-    return (draws >> 1) >= dropout_threshold(dropout_p)
+    counter = (along(3, 0, 4 * blocks), row // 16 * 8 + row % 8, along(1, 0, heads), along(0, 0, batch))
+    w0, w1, w2, w3 = philox_4x32(counter, key)  # (batch, heads, rows, 4 * blocks)
+    second = row % 16 >= 8
+    words = torch.stack((torch.where(second, w2, w0), torch.where(second, w3, w1)), dim=-1)
+    draws = torch.stack((words & 0xFFFF, words >> 16), dim=-1).view(batch, heads, rows, blocks, 4, 2, 2)
+    draws = draws.transpose(-3, -2).reshape(batch, heads, rows, 16 * blocks)[..., :columns]
+    return draws >= dropout_threshold(dropout_p)

@@ -16,30 +16,34 @@ WEYL_A, WEYL_B = tl.constexpr(philox.WEYL_A), tl.constexpr(philox.WEYL_B)
 
 @triton.jit
 def keep_tile(seed_ptr, batch, head, first_row, first_column, threshold, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Which weights of a tile of scores are kept, bool [BLOCK_M, BLOCK_N]. `first_column` is a multiple of 4."""
+    """Which weights of a tile of scores are kept, bool [BLOCK_M, BLOCK_N]; it begins at multiples of 16.
+
+    Everything is elementwise between broadcasts, so the compiler computes it in whatever layout the scores have: no
+    draw goes through shared memory, and where a layout splits the eight draws of a call, the call is made twice.
+    """
     seed = tl.load(seed_ptr).to(tl.uint64, bitcast=True)
     key_a = (seed & 0xFFFFFFFF).to(tl.uint32)
     key_b = (seed >> 32).to(tl.uint32)
-    groups = tl.arange(0, BLOCK_N // 4) + first_column // 4
-    rows = tl.arange(0, BLOCK_M) + first_row
-    nothing = tl.zeros((BLOCK_M, BLOCK_N // 4), dtype=tl.uint32)
-    c0 = nothing + groups.to(tl.uint32)[None, :]
-    c1 = nothing + rows.to(tl.uint32)[:, None]
+    # Dimensions: a row's block, its half and its place there; a column's block, half, pair, and place in the pair.
+    rows = (tl.arange(0, BLOCK_M // 2) + first_row // 2).to(tl.uint32)
+    columns = (tl.arange(0, BLOCK_N // 4) + first_column // 4).to(tl.uint32)
+    nothing = tl.zeros((BLOCK_M // 16, 1, 8, BLOCK_N // 16, 1, 4, 1), dtype=tl.uint32)
+    c0 = nothing + tl.reshape(columns, (1, 1, 1, BLOCK_N // 16, 1, 4, 1))
+    c1 = nothing + tl.reshape(rows, (BLOCK_M // 16, 1, 8, 1, 1, 1, 1))
     c2 = nothing + tl.cast(head, tl.uint32)
     c3 = nothing + tl.cast(batch, tl.uint32)
-    multiplier_a = tl.full((), MULTIPLIER_A, tl.uint32)
-    multiplier_b = tl.full((), MULTIPLIER_B, tl.uint32)
     for _ in tl.static_range(ROUNDS):
-        next_0 = tl.umulhi(c2, nothing + multiplier_b) ^ c1 ^ key_a
-        next_2 = tl.umulhi(c0, nothing + multiplier_a) ^ c3 ^ key_b
-        c1 = c2 * multiplier_b
-        c3 = c0 * multiplier_a
-        c0 = next_0
-        c2 = next_2
+        product_a = c0.to(tl.uint64) * tl.full((), MULTIPLIER_A, tl.uint64)
+        product_b = c2.to(tl.uint64) * tl.full((), MULTIPLIER_B, tl.uint64)
+        c0 = (product_b >> 32).to(tl.uint32) ^ c1 ^ key_a
+        c2 = (product_a >> 32).to(tl.uint32) ^ c3 ^ key_b
+        c1 = product_b.to(tl.uint32)
+        c3 = product_a.to(tl.uint32)
         key_a = (key_a + tl.full((), WEYL_A, tl.uint32)).to(tl.uint32)
         key_b = (key_b + tl.full((), WEYL_B, tl.uint32)).to(tl.uint32)
-    # The four words are those of four neighbouring columns: [BLOCK_M, BLOCK_N // 4, 2, 2] read in order.
-    limit = tl.cast(threshold, tl.uint32)
-    even = tl.join((c0 >> 1) >= limit, (c2 >> 1) >= limit)
-    odd = tl.join((c1 >> 1) >= limit, (c3 >> 1) >= limit)
-    return tl.reshape(tl.join(even, odd), (BLOCK_M, BLOCK_N))
+    two = tl.arange(0, 2)
+    lower = tl.reshape(two, (1, 2, 1, 1, 1, 1, 1)) != 0
+    right = tl.reshape(two, (1, 1, 1, 1, 2, 1, 1)) != 0
+    words = tl.where(lower, tl.where(right, c3, c2), tl.where(right, c1, c0))
+    draws = words << tl.reshape(16 - 16 * two, (1, 1, 1, 1, 1, 1, 2)).to(tl.uint32)  # in the upper half of a word
+    return tl.reshape(draws, (BLOCK_M, BLOCK_N)) >= (tl.cast(threshold, tl.uint32) << 16)
