@@ -10,6 +10,8 @@ namespace {
 
 // 32-bit words, each in the low half of a lane of 64 bits; what stands above it is never read.
 typedef uint64_t words __attribute__((vector_size(LANES_WIDE * 4)));
+typedef uint32_t low_words __attribute__((vector_size(LANES_WIDE * 2)));
+typedef int16_t draws __attribute__((vector_size(LANES_WIDE * 2)));
 constexpr int COUNTERS = LANES_WIDE / 2;        // at a time; each gives a row four of the sixteen columns
 constexpr int DROP_ROWS = COUNTERS / 4;         // rows of sixteen columns that makes
 constexpr uint64_t LOW_WORD = 0xFFFFFFFF;
@@ -32,17 +34,24 @@ struct Dropout {
     int T = 1;           // rows of a sequence
     explicit operator bool() const { return threshold > 0; }
 
+    // The factors that the low words' halves draw, lane by lane.
+    vec kept_or_0(words drawn) const {
+        const draws shifted = draws(__builtin_convertvector(drawn, low_words)) ^ int16_t(-32768);  // now signed
+        const ivec kept = __builtin_convertvector(shifted >= draws{} + int16_t(threshold - 32768), ivec);
+        return vec(kept & ivec(vec{} + float(1.0 / (1.0 - threshold / 65536.0))));
+    }
+
     // Factors, 0 or 1 / (probability to keep), for `count` rows from m on, (row of the batch, b T + t), and the sixteen
     // columns of a panel. `out` has room for whole DROP_ROWS.
     void factors(int head, int m, int count, int panel, float* out) const {
-        const float kept = float(1.0 / (1.0 - threshold / 65536.0));
         for (int r = 0; r < count; r += DROP_ROWS) {
-            words c0, c1, c2 = words{} + uint64_t(head), c3;
+            words c0, c1, c2 = words{} + uint64_t(head), c3, lower;
             for (int lane = 0; lane < COUNTERS; lane++) {
                 const int row = m + r + lane / 4, t = row % T;
                 c0[lane] = uint64_t(panel) * 4 + lane % 4;
                 c1[lane] = uint64_t(t / 16 * 8 + t % 8);
                 c3[lane] = uint64_t(row / T);
+                lower[lane] = t % 16 < 8 ? 0 : ~uint64_t(0);
             }
             const words a = words{} + 0xD2511F53u, b = words{} + 0xCD9E8D57u;
             uint64_t k0 = seed & LOW_WORD, k1 = seed >> 32;
@@ -55,14 +64,12 @@ struct Dropout {
                 k0 = (k0 + 0x9E3779B9u) & LOW_WORD;
                 k1 = (k1 + 0xBB67AE85u) & LOW_WORD;
             }
-            const words drawn[4] = {c0, c1, c2, c3};
-            for (int lane = 0; lane < COUNTERS; lane++) for (int right = 0; right < 2; right++) {
-                const int lower = (m + r + lane / 4) % T % 16 / 8;
-                const uint32_t word = uint32_t(drawn[2 * lower + right][lane]);
-                float* to = out + (r + lane / 4) * WIDE + right * 8 + lane % 4 * 2;
-                to[0] = int(word & 0xFFFF) >= threshold ? kept : 0.0f;
-                to[1] = int(word >> 16) >= threshold ? kept : 0.0f;
-            }
+            // A call's first two words are of the upper eight rows of a block, the others of the lower eight; and one of
+            // the two is of the left eight columns.
+            const words left = (c0 & ~lower) | (c2 & lower), right = (c1 & ~lower) | (c3 & lower);
+            const vec sides[2] = {kept_or_0(left), kept_or_0(right)};
+            for (int side = 0; side < 2; side++) for (int row = 0; row < DROP_ROWS; row++)
+                std::memcpy(out + (r + row) * WIDE + side * 8, (const float*)&sides[side] + row * 8, 8 * sizeof(float));
         }
     }
 };
