@@ -499,7 +499,8 @@ struct Trainer {
         for (int p = 0; p < count; p++) for (int v = 0; v < WIDE; v += LANES_WIDE) {
             float* x = dlogits.at(m, p) + v;
             vec u = vload(x), d = u == low ? vec{} : vexp(u - lse);
-            if (p == target / WIDE && v == target % WIDE / LANES_WIDE * LANES_WIDE) d[target % LANES_WIDE] -= 1.0f;
+            const int place = target - p * WIDE - v;  // of the target among these lanes, if it is there
+            if (place >= 0 && place < LANES_WIDE) d[place] -= 1.0f;
             if (softcap > 0.0f) d = u == low ? vec{} : d * (1.0f - (u / softcap) * (u / softcap));
             vstore(x, d * shared);
         }
