@@ -21,8 +21,8 @@ from .backward_steps import (
     lse_of_rows,
     padded_rows,
 )
-from .launch import LaunchArguments
-from .tiles import exponent, head_pointer, load_tile, store_tile
+from .launch import LaunchArguments, alignment
+from .tiles import aligned, exponent, head_pointer, load_tile, store_tile
 from .tuning import Config
 
 __all__ = ["backward", "backward_dkdv_kernel", "backward_dq_kernel"]
@@ -82,9 +82,16 @@ def backward_dq_kernel(
     NEGATE: tl.constexpr,
     DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
+    ALIGN: tl.constexpr,
     HAS_DLSE: tl.constexpr,
 ):
     """What is kept for the second launch, and dq. Grid: (cdiv(tq, BLOCK_M) * B * Hq,)."""
+    stride_qb, stride_qh, stride_qt = aligned(stride_qb, stride_qh, stride_qt, ALIGN)
+    stride_kb, stride_kh, stride_kt = aligned(stride_kb, stride_kh, stride_kt, ALIGN)
+    stride_vb, stride_vh, stride_vt = aligned(stride_vb, stride_vh, stride_vt, ALIGN)
+    stride_ob, stride_oh, stride_ot = aligned(stride_ob, stride_oh, stride_ot, ALIGN)
+    stride_dob, stride_doh, stride_dot = aligned(stride_dob, stride_doh, stride_dot, ALIGN)
+    stride_dqb, stride_dqh, stride_dqt = aligned(stride_dqb, stride_dqh, stride_dqt, ALIGN)
     blocks = tl.cdiv(tq, BLOCK_M)
     start_m = (blocks - 1 - tl.program_id(0) % blocks) * BLOCK_M  # the longest rows first
     batch_head = tl.program_id(0) // blocks
@@ -167,9 +174,16 @@ def backward_dkdv_kernel(
     NEGATE: tl.constexpr,
     DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
+    ALIGN: tl.constexpr,
     RAGGED: tl.constexpr,
 ):
     """dk and dv. Grid: (cdiv(tk, BLOCK_N) * B * Hkv,)."""
+    stride_qb, stride_qh, stride_qt = aligned(stride_qb, stride_qh, stride_qt, ALIGN)
+    stride_kb, stride_kh, stride_kt = aligned(stride_kb, stride_kh, stride_kt, ALIGN)
+    stride_vb, stride_vh, stride_vt = aligned(stride_vb, stride_vh, stride_vt, ALIGN)
+    stride_dob, stride_doh, stride_dot = aligned(stride_dob, stride_doh, stride_dot, ALIGN)
+    stride_dkb, stride_dkh, stride_dkt = aligned(stride_dkb, stride_dkh, stride_dkt, ALIGN)
+    stride_dvb, stride_dvh, stride_dvt = aligned(stride_dvb, stride_dvh, stride_dvt, ALIGN)
     blocks = tl.cdiv(tk, BLOCK_N)
     start_n = tl.program_id(0) % blocks * BLOCK_N  # the keys that most rows see first
     kv_heads = heads // group
@@ -240,6 +254,7 @@ def backward(
         *arguments.scalars,
         **arguments.variant,
         **arguments.constants,
+        ALIGN=alignment(q, k, v, out, dout, dq),
         HAS_DLSE=dlse is not None,
         **config.options,
     )
@@ -262,6 +277,7 @@ def backward(
         *arguments.scalars,
         **arguments.variant,
         **arguments.constants,
+        ALIGN=alignment(q, k, v, dout, dk, dv),
         RAGGED=tq % config_dkdv.block_m != 0,
         **config_dkdv.options,
     )

@@ -11,8 +11,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import LaunchArguments
-from .tiles import LN2, exponent, exponential, head_pointer, load_tile, natural, tanh_of_scores
+from .launch import LaunchArguments, alignment
+from .tiles import LN2, aligned, exponent, exponential, head_pointer, load_tile, natural, tanh_of_scores
 from .tuning import Config
 
 __all__ = ["MAX_ROWS", "decode_merge_kernel", "decode_split_kernel", "forward", "splits"]
@@ -58,8 +58,12 @@ def decode_split_kernel(
     NEGATE: tl.constexpr,
     DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
+    ALIGN: tl.constexpr,
 ):
     """Grid: (splits * B * Hkv,); group * tq <= BLOCK_M; no dropout."""
+    stride_qb, stride_qh, stride_qt = aligned(stride_qb, stride_qh, stride_qt, ALIGN)
+    stride_kb, stride_kh, stride_kt = aligned(stride_kb, stride_kh, stride_kt, ALIGN)
+    stride_vb, stride_vh, stride_vt = aligned(stride_vb, stride_vh, stride_vt, ALIGN)
     tl.static_assert(not DROPOUT, "decoding has no dropout")
     pieces = tl.cdiv(tk, stretch)
     piece = tl.program_id(0) % pieces
@@ -210,6 +214,7 @@ def forward(
         *arguments.scalars,
         **arguments.variant,
         **arguments.constants,
+        ALIGN=alignment(q, k, v),
         **config.options,
     )
     constants = {name: arguments.constants[name] for name in ("HEAD_DIM", "BLOCK_D")}

@@ -12,10 +12,11 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import LaunchArguments
+from .launch import LaunchArguments, alignment
 from .philox_tile import keep_tile
 from .tiles import (
     LN2,
+    aligned,
     causal_mask,
     exponent,
     exponential,
@@ -132,8 +133,13 @@ def attention_forward_kernel(
     NEGATE: tl.constexpr,
     DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
+    ALIGN: tl.constexpr,
 ):
     """Grid: (cdiv(tq, BLOCK_M) * B * Hq,); NEGATE where scale is negative: q is negated, and |scale| used."""
+    stride_qb, stride_qh, stride_qt = aligned(stride_qb, stride_qh, stride_qt, ALIGN)
+    stride_kb, stride_kh, stride_kt = aligned(stride_kb, stride_kh, stride_kt, ALIGN)
+    stride_vb, stride_vh, stride_vt = aligned(stride_vb, stride_vh, stride_vt, ALIGN)
+    stride_ob, stride_oh, stride_ot = aligned(stride_ob, stride_oh, stride_ot, ALIGN)
     blocks = tl.cdiv(tq, BLOCK_M)
     start_m = (blocks - 1 - tl.program_id(0) % blocks) * BLOCK_M  # the longest rows first
     batch_head = tl.program_id(0) // blocks
@@ -221,5 +227,6 @@ def forward(
         *arguments.scalars,
         **arguments.variant,
         **arguments.constants,
+        ALIGN=alignment(q, k, v, out),
         **config.options,
     )

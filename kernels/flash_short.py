@@ -15,9 +15,9 @@ import triton
 import triton.language as tl
 
 from .backward_steps import delta_of_rows, dkdv_of_block, dq_of_block, lse_of_rows
-from .launch import LaunchArguments
+from .launch import LaunchArguments, alignment
 from .philox_tile import keep_tile
-from .tiles import causal_mask, exponent, exponential, head_pointer, load_rows, load_tile, store_tile
+from .tiles import aligned, causal_mask, exponent, exponential, head_pointer, load_rows, load_tile, store_tile
 from .tuning import Config
 
 __all__ = ["backward", "backward_blocks_kernel", "backward_tile_kernel"]
@@ -77,9 +77,17 @@ def backward_tile_kernel(
     NEGATE: tl.constexpr,
     DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
+    ALIGN: tl.constexpr,
     HAS_DLSE: tl.constexpr,
 ):
     """Grid: (B * Hkv,), for tq <= BLOCK_M and tk <= BLOCK_N."""
+    stride_qb, stride_qh, stride_qt = aligned(stride_qb, stride_qh, stride_qt, ALIGN)
+    stride_kb, stride_kh, stride_kt = aligned(stride_kb, stride_kh, stride_kt, ALIGN)
+    stride_vb, stride_vh, stride_vt = aligned(stride_vb, stride_vh, stride_vt, ALIGN)
+    stride_dob, stride_doh, stride_dot = aligned(stride_dob, stride_doh, stride_dot, ALIGN)
+    stride_dqb, stride_dqh, stride_dqt = aligned(stride_dqb, stride_dqh, stride_dqt, ALIGN)
+    stride_dkb, stride_dkh, stride_dkt = aligned(stride_dkb, stride_dkh, stride_dkt, ALIGN)
+    stride_dvb, stride_dvh, stride_dvt = aligned(stride_dvb, stride_dvh, stride_dvt, ALIGN)
     kv_heads = heads // group
     batch = tl.program_id(0) // kv_heads
     kv_head = tl.program_id(0) % kv_heads
@@ -190,10 +198,19 @@ def backward_blocks_kernel(
     NEGATE: tl.constexpr,
     DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
+    ALIGN: tl.constexpr,
     RAGGED: tl.constexpr,
     HAS_DLSE: tl.constexpr,
 ):
     """Grid: (cdiv(max(tq, tk), BLOCK_N) * B * Hkv,)."""
+    stride_qb, stride_qh, stride_qt = aligned(stride_qb, stride_qh, stride_qt, ALIGN)
+    stride_kb, stride_kh, stride_kt = aligned(stride_kb, stride_kh, stride_kt, ALIGN)
+    stride_vb, stride_vh, stride_vt = aligned(stride_vb, stride_vh, stride_vt, ALIGN)
+    stride_ob, stride_oh, stride_ot = aligned(stride_ob, stride_oh, stride_ot, ALIGN)
+    stride_dob, stride_doh, stride_dot = aligned(stride_dob, stride_doh, stride_dot, ALIGN)
+    stride_dqb, stride_dqh, stride_dqt = aligned(stride_dqb, stride_dqh, stride_dqt, ALIGN)
+    stride_dkb, stride_dkh, stride_dkt = aligned(stride_dkb, stride_dkh, stride_dkt, ALIGN)
+    stride_dvb, stride_dvh, stride_dvt = aligned(stride_dvb, stride_dvh, stride_dvt, ALIGN)
     blocks = tl.cdiv(tl.maximum(tq, tk), BLOCK_N)
     start = tl.program_id(0) % blocks * BLOCK_N
     kv_heads = heads // group
@@ -269,7 +286,12 @@ def backward(
     assert set(arguments.variant.values()) == {None}, "the one-launch kernels have neither window nor soft-cap"
     batch, kv_heads, tk, _ = k.shape
     tq = q.shape[2]
-    flags = {**arguments.constants, "HAS_DLSE": dlse is not None, **config.options}
+    flags = {
+        **arguments.constants,
+        "ALIGN": alignment(q, k, v, out, dout, dq, dk, dv),
+        "HAS_DLSE": dlse is not None,
+        **config.options,
+    }
     if config.kernel == "tile":
         assert max(tq - config.block_m, tk - config.block_n) <= 0, "one tile does not hold the sequence"
         backward_tile_kernel[(batch * kv_heads,)](

@@ -1,13 +1,14 @@
 """What every launch of a kernel passes besides its tensors and their strides."""
 
 import dataclasses
+import math
 from typing import Any
 
 import torch
 
 from .philox import dropout_threshold, keep_probability
 
-__all__ = ["LaunchArguments", "block_d", "launch_arguments"]
+__all__ = ["LaunchArguments", "alignment", "block_d", "launch_arguments"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -17,12 +18,27 @@ class LaunchArguments:
     seed: torch.Tensor  # (1,) int64; any tensor where there is no dropout
     scalars: tuple[int | float, ...]  # heads, group, tq, tk, scale, threshold, keep_scale
     variant: dict[str, int | float | None]  # window, softcap
-    constants: dict[str, Any]  # HEAD_DIM, BLOCK_D, CAUSAL, NEGATE, DROPOUT, PRECISION
+    constants: dict[str, Any]  # HEAD_DIM, BLOCK_D, CAUSAL, NEGATE, DROPOUT, PRECISION; ALIGN is for whoever launches
 
 
 def block_d(head_dim: int) -> int:
     """head_dim rounded up to the width of a tile: a power of two, at least 16 (the least that a tensor core takes)."""
     return max(16, 1 << (head_dim - 1).bit_length())
+
+
+def alignment(*tensors: torch.Tensor) -> int:
+    """ALIGN, the largest power of two up to 16 that divides every stride between rows, heads and sequences.
+
+    From 16 on Triton sees it by itself. For a head_dim of 52 or 100 the strides are multiples of 4, and without being
+    told a kernel would load one element at a time.
+    """
+    strides = (
+        stride
+        for tensor in tensors
+        for size, stride in zip(tensor.shape[:-1], tensor.stride(), strict=False)
+        if size > 1
+    )
+    return math.gcd(16, *strides)
 
 
 def launch_arguments(

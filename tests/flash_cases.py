@@ -68,7 +68,7 @@ def random_case(seed: int) -> Case:
         kv_heads=kv_heads,
         tq=tq,
         tk=tk,
-        head_dim=draw.choice((8, 16, 24, 32, 59)),
+        head_dim=draw.choice((8, 16, 20, 24, 32, 59)),
         scale=draw.choice((0.25, 0.25, 1.0, 0.0, -0.3)),
         causal=draw.random() < 0.7,
         dropout_p=draw.choice((0.0, 0.0, 0.0, 0.2, 0.9)),

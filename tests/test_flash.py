@@ -2,8 +2,10 @@
 
 import pytest
 import torch
-from aot import record_launches
+from aot import compile_launch, record_launches
 from flash_cases import plan_of
+from gate import launches_of
+from launches import Case as LaunchCase
 from oracles import notebook_head, qkv_case, worst_error
 from strict_interpreter import strict_interpreter
 from torch.utils.checkpoint import checkpoint
@@ -11,7 +13,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fastchargpt.attention import causal_attention, causal_attention_packed, explain_attention
 from fastchargpt.errors import BackendUnavailableError
-from fastchargpt.kernels.tuning import forced
+from fastchargpt.kernels import flash, naive
+from fastchargpt.kernels.launch import alignment
+from fastchargpt.kernels.tuning import Config, forced
 
 
 @pytest.mark.parametrize(
@@ -52,8 +56,6 @@ def test_a_training_step_is_two_launches_and_copies_nothing() -> None:
 
 
 def causal_attention_packed_on_triton(qkv: torch.Tensor) -> torch.Tensor:
-    from fastchargpt.kernels import flash
-
     return flash.attention_packed(qkv, 2, 2, scale=0.2)
 
 
@@ -98,3 +100,30 @@ def test_dropout_is_redrawn_by_activation_checkpointing() -> None:
         assert torch.equal(once, again)
         for x, y in zip(gradients, torch.autograd.grad(again.sum(), (q, k, v)), strict=True):
             assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "n_head", "expected"), [(64, 1, 16), (52, 4, 4), (100, 3, 4), (24, 2, 8), (10, 1, 2), (59, 2, 1)]
+)
+def test_the_alignment_of_a_packed_projection(head_dim: int, n_head: int, expected: int) -> None:
+    qkv = torch.zeros(2, 5, 3 * n_head, head_dim).transpose(1, 2)
+    assert alignment(qkv[:, :n_head], qkv[:, n_head:]) == expected
+    assert alignment(torch.zeros(2, 3, 4, 64), qkv) == expected  # the least of all
+    assert alignment(qkv[:1, :1, :1]) == 16  # no stride is used
+
+
+def test_strides_that_nothing_is_read_by_may_be_anything() -> None:
+    q, k, v = (torch.randn(24, 16).as_strided((1, 1, 24, 16), (7, 1, 16, 1)) for _ in range(3))
+    with strict_interpreter(), forced(plan_of("tiled")):
+        out, _ = flash.attention(q, k, v, scale=0.25, causal=True)
+    expected, _ = naive.attention(*(x.double() for x in (q, k, v)), scale=0.25, causal=True)
+    assert float((out - expected).abs().max()) < 1e-5
+
+
+@pytest.mark.parametrize(("head_dim", "bits"), [(52, 64), (64, 128), (120, 128)])
+def test_heads_of_any_width_are_loaded_several_elements_at_once(head_dim: int, bits: int) -> None:
+    config = Config("forward", 64, 32, 4, 2)
+    (launch,) = launches_of(config, LaunchCase(dtype=torch.bfloat16, head_dim=head_dim, length=256), "sm_80")
+    loads = {code for code in compile_launch(launch, "sm_80").opcodes if code.startswith("LDG") and "." in code}
+    assert loads
+    assert all(f".{bits}" in code for code in loads), loads

@@ -1,4 +1,4 @@
-"""The native code where there are fewer and narrower vectors: other registers, other tiles, the code without intrinsics."""
+"""The native code where vectors are fewer and narrower: other tiles, and the code without intrinsics."""
 
 import os
 import platform
