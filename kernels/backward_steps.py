@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from .philox_tile import keep_tile
-from .tiles import causal_mask, exponent, exponential, load_rows, load_tile, tanh_of_scores, window_mask
+from .tiles import causal_mask, exponent, exponential, load_rows, load_tile, tanh_of_scores, waited_for, window_mask
 
 __all__ = ["ROWS_AT_ONCE", "delta_of_rows", "dkdv_of_block", "dq_of_block", "keep_rows", "lse_of_rows", "padded_rows"]
 
@@ -113,7 +113,7 @@ def _dq_step(
         ds = p * (dp - delta[:, None])
     if softcap is not None:
         ds *= 1.0 - tanh * tanh
-    return tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
+    return waited_for(tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION))
 
 
 @triton.jit
@@ -263,7 +263,7 @@ def _dkdv_step(
     if softcap is not None:
         ds_t *= 1.0 - tanh_t * tanh_t
     dk = tl.dot(ds_t.to(q.dtype), q, dk, input_precision=PRECISION)
-    return dk, dv
+    return waited_for(dk), dv  # which is done by then
 
 
 @triton.jit

@@ -25,6 +25,7 @@ from .tiles import (
     natural,
     store_tile,
     tanh_of_scores,
+    waited_for,
     window_mask,
 )
 from .tuning import Config
@@ -89,7 +90,7 @@ def _forward_step(
         p = tl.where(keep_tile(seed_ptr, batch, head, start_m, n, threshold, BLOCK_M, BLOCK_N), p, 0.0)
     v = load_tile(v_head, n, stride_vt, stride_vd, tk, BLOCK_N, HEAD_DIM, BLOCK_D, MASKED)
     acc = tl.dot(p.to(v.dtype), v, acc * decay[:, None], input_precision=PRECISION)
-    return acc, new_top, total
+    return waited_for(acc), new_top, total
 
 
 @triton.jit(do_not_specialize=["tq", "tk", "threshold", "window"])

@@ -9,6 +9,7 @@ makes the inner loop a third longer.
 # (a kernel is Triton's language in Python's grammar: its arguments have no Python types)
 import triton
 import triton.language as tl
+from triton.language.target_info import cuda_capability_geq
 
 __all__ = [
     "aligned",
@@ -21,6 +22,7 @@ __all__ = [
     "natural",
     "store_tile",
     "tanh_of_scores",
+    "waited_for",
     "window_mask",
 ]
 
@@ -101,6 +103,21 @@ def load_rows(ptr, start, length, other, BLOCK: tl.constexpr):
     """One number a row, rows start .. start + BLOCK of a contiguous (T,) vector, [BLOCK]; `other` beyond `length`."""
     rows = tl.arange(0, BLOCK)
     return tl.load(ptr + start + rows, mask=rows < length - start, other=other)
+
+
+@triton.jit
+def waited_for(product):
+    """A product in a loop's last line, as it is, [BLOCK_M, BLOCK_N], that the next round does not find under way.
+
+    Triton lets it run on into the next round on Hopper. There ptxas sees the registers of the round's first product
+    set while a product is under way, and makes every single matrix instruction of the loop wait for the one before
+    (C7515). So it is made to look used here: LLVM, later on, finds that nothing is done to it.
+    """
+    if cuda_capability_geq(9) and not cuda_capability_geq(10):
+        minus_zero = tl.full(product.shape, 1 << 31, tl.uint32).to(tl.float32, bitcast=True)  # tl.full takes it for 0
+        return tl.fma(product, tl.full(product.shape, 1.0, tl.float32), minus_zero)
+    else:
+        return product
 
 
 @triton.jit

@@ -214,6 +214,17 @@ class _FakeDriver:
 
 
 @contextlib.contextmanager
+def _present(target: Target) -> Iterator[None]:
+    """Within this scope Triton finds the target's GPU: kernels may ask for it (`triton.language.target_info`)."""
+    active = driver._active
+    driver.set_active(_FakeDriver(target))
+    try:
+        yield
+    finally:
+        driver._active = active
+
+
+@contextlib.contextmanager
 def record_launches(target: str) -> Iterator[list[Launch]]:
     """Within this scope kernels do not run: each launch is specialised for `target` and appended to the list."""
     launches: list[Launch] = []
@@ -227,14 +238,13 @@ def record_launches(target: str) -> Iterator[list[Launch]]:
         chosen = {name: getattr(parsed, name) for name in kwargs if hasattr(parsed, name) and name not in bound}
         launches.append(Launch(kernel, signature, constexprs, attributes, chosen, extent))
 
-    active, original = driver._active, JITFunction.run
-    driver.set_active(_FakeDriver(TARGETS[target]))
+    original = JITFunction.run
     JITFunction.run = run
     try:
-        yield launches
+        with _present(TARGETS[target]):
+            yield launches
     finally:
         JITFunction.run = original
-        driver._active = active
 
 
 def launch_of(target: str, kernel: JITFunction, grid: tuple[int, ...], *args: Any, **kwargs: Any) -> Launch:
@@ -269,7 +279,7 @@ def _readers() -> str:
 
 def _compile(launch: Launch, target: Target) -> Report:
     source = ASTSource(launch.kernel, launch.signature, launch.constexprs, launch.attributes)
-    with triton.knobs.cache.scope():
+    with triton.knobs.cache.scope(), _present(target):
         triton.knobs.cache.dir = str(CACHE / "triton")
         compiled = triton.compile(source, target=target.backend, options=launch.options)
     ttir, ttgir = compiled.asm["ttir"], compiled.asm["ttgir"]

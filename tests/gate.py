@@ -27,6 +27,10 @@ def problems(launch: Launch, report: Report) -> list[str]:
             found.append(f"no tensor cores: {max(report.slow_dots, 1)} of {report.half_dots} 16-bit products")
         elif report.loops_with_dots and not report.matrix_loops:
             found.append("no tensor-core instruction in any loop, although the kernel multiplies in its loops")
+    for loop in report.matrix_loops:
+        products = loop.count("HGMMA")
+        if products > 3 and loop.count(r"WARPGROUP\.DEPBAR") >= products:
+            found.append(f"serialized: each of a loop's {products} matrix instructions waits for the one before")
     if report.tf32 and "ieee" in launch.constants.values():
         found.append("tf32 in the code of a kernel asked for ieee precision")
     if report.atomics:
