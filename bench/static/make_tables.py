@@ -83,7 +83,7 @@ EXACT: dict[str, list[Settings]] = {
     "forward": [(32, 32, 4, 2), (32, 32, 4, 1), (32, 32, 8, 1), (16, 16, 8, 1)],
     "decode": [(16, 32, 4, 2), (16, 32, 4, 1), (16, 16, 4, 1), (16, 16, 8, 1)],
     "dq": [(32, 32, 4, 1), (32, 32, 8, 1), (16, 16, 8, 1)],
-    "dkdv": [(32, 32, 4, 1), (32, 32, 8, 1), (16, 16, 8, 1), (32, 32, 16, 1), (16, 16, 4, 1)],
+    "dkdv": [(32, 32, 4, 1), (32, 32, 8, 1), (16, 16, 8, 1), (32, 32, 16, 1), (16, 16, 16, 1)],
 }
 EXACT_TILES: dict[int, list[Settings]] = {16: [(16, 16, 4, 1)], 32: [(32, 32, 4, 1), (32, 32, 8, 1)]}
 # What the estimate puts before the lists above. Where warps multiply on their own (HMMA of sm_80, AMD's matrix cores),
