@@ -14,7 +14,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from ..errors import AttentionError
 from . import flash_backward, flash_decode, flash_flops, flash_forward, flash_short, tuning
-from .launch import launch_arguments
+from .launch import is_plain, launch_arguments
 from .window import hiding, seen_keys
 
 __all__ = ["attention", "attention_packed", "describe"]
@@ -62,11 +62,17 @@ def attention_packed(
 
 
 def describe(
-    q: torch.Tensor, k: torch.Tensor, *, dropout_p: float, window: int | None = None, softcap: float | None = None
+    q: torch.Tensor,
+    k: torch.Tensor,
+    *,
+    causal: bool,
+    dropout_p: float,
+    window: int | None = None,
+    softcap: float | None = None,
 ) -> str:
     """The kernels that would run for these shapes, in words."""
     left = hiding(window, k.shape[2])
-    plan = _plan(q, k, dropout_p, left, softcap)
+    plan = _plan(q, k, causal, dropout_p, left, softcap)
     decoding = _pieces(q, seen_keys(q, k, k, window)[0], plan, dropout_p) > 1
     backward = " and ".join(f"{c.kernel} {c.block_m}x{c.block_n}" for c in plan.backward)
     forward = "decode, split over the keys" if decoding else f"tiled {plan.forward.block_m}x{plan.forward.block_n}"
@@ -92,7 +98,9 @@ def _processors(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
-def _plan(q: torch.Tensor, k: torch.Tensor, dropout_p: float, window: int | None, softcap: float | None) -> tuning.Plan:
+def _plan(
+    q: torch.Tensor, k: torch.Tensor, causal: bool, dropout_p: float, window: int | None, softcap: float | None
+) -> tuning.Plan:
     return tuning.plan(
         q.device,
         q.dtype,
@@ -100,6 +108,7 @@ def _plan(q: torch.Tensor, k: torch.Tensor, dropout_p: float, window: int | None
         max(q.shape[2], k.shape[2]),
         dropout=dropout_p > 0.0,
         variant=window is not None or softcap is not None,
+        plain=is_plain(q, k, causal),
     )
 
 
@@ -128,7 +137,7 @@ def _launch_forward(
         window = hiding(window, k.shape[2])  # its mask goes by the number of a key, so none can be cut off
     else:
         k, v, window = seen_keys(q, k, v, window)
-    plan = _plan(q, k, dropout_p, window, softcap)
+    plan = _plan(q, k, causal, dropout_p, window, softcap)
     arguments = launch_arguments(
         q, k, seed, scale=scale, causal=causal, dropout_p=dropout_p, window=window, softcap=softcap
     )
@@ -157,7 +166,7 @@ def _launch_backward(
     q, k, v, out, lse = tensors
     dq, dk, dv = gradients
     window = hiding(window, k.shape[2])  # keys before every window stay: their gradients, 0, are to be written
-    plan = _plan(q, k, dropout_p, window, softcap)
+    plan = _plan(q, k, causal, dropout_p, window, softcap)
     arguments = launch_arguments(
         q, k, seed, scale=scale, causal=causal, dropout_p=dropout_p, window=window, softcap=softcap
     )

@@ -8,7 +8,7 @@ import torch
 
 from .philox import dropout_threshold, keep_probability
 
-__all__ = ["LaunchArguments", "alignment", "block_d", "launch_arguments"]
+__all__ = ["LaunchArguments", "alignment", "block_d", "is_plain", "launch_arguments"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -24,6 +24,11 @@ class LaunchArguments:
 def block_d(head_dim: int) -> int:
     """head_dim rounded up to the width of a tile: a power of two, at least 16 (the least that a tensor core takes)."""
     return max(16, 1 << (head_dim - 1).bit_length())
+
+
+def is_plain(q: torch.Tensor, k: torch.Tensor, causal: bool) -> bool:
+    """Whether this is what most models do, which needs the fewest registers: causal, no groups, no columns of zeros."""
+    return causal and q.shape[1] == k.shape[1] and block_d(q.shape[-1]) == q.shape[-1]
 
 
 def alignment(*tensors: torch.Tensor) -> int:

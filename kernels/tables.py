@@ -71,20 +71,25 @@ class Entry:
     max_length: int | None  # the longest of Tq and Tk that it serves; None is any
     dropout: bool  # whether it was checked with dropout on
     variants: str = "all"  # where a sliding window and a soft-cap fit the registers: "all", "no dropout" or "none"
+    calls: str = "all"  # which of `launch.is_plain` fit: "all", "plain" or, where those have better settings, "other"
 
     def has_variants(self, dropout: bool) -> bool:
         """Whether a sliding window or a soft-cap may be launched with these settings."""
         return self.variants == "all" or (self.variants == "no dropout" and not dropout)
 
+    def has_calls(self, plain: bool) -> bool:
+        """Whether calls that are plain, or those that are not, may be launched with these settings."""
+        return self.calls in ("all", "plain" if plain else "other")
+
     def to_json(self) -> dict[str, Any]:
         """A flat dictionary, as it stands in a table."""
         fields = dataclasses.asdict(self)
-        variants = {} if self.variants == "all" else {"variants": self.variants}
+        rest = {name: fields[name] for name in ("variants", "calls") if fields[name] != "all"}
         return {
             "kernel": fields["config"].pop("kernel"),
             **{k: fields[k] for k in _KEYS},
             **fields["config"],
-            **variants,
+            **rest,
         }
 
     @classmethod
@@ -97,8 +102,8 @@ class Entry:
         """
         fields = dict(fields)
         keys = {key: fields.pop(key) for key in _KEYS}
-        variants = fields.pop("variants", "all")
-        entry = cls(config=Config(**fields), **keys, variants=variants)
+        rest = {name: fields.pop(name) for name in ("variants", "calls") if name in fields}
+        entry = cls(config=Config(**fields), **keys, **rest)
         entry._check()
         return entry
 
@@ -115,6 +120,8 @@ class Entry:
             raise ValueError(f"dropout must be true or false; it is {self.dropout!r}")
         if self.variants not in ("all", "no dropout", "none"):
             raise ValueError(f"variants must be 'all', 'no dropout' or 'none'; it is {self.variants!r}")
+        if self.calls not in ("all", "plain", "other"):
+            raise ValueError(f"calls must be 'all', 'plain' or 'other'; it is {self.calls!r}")
         for name, number, least, most in (
             ("block_m", config.block_m, 16, 256),  # a tensor core takes no fewer than 16
             ("block_n", config.block_n, 16, 256),

@@ -2,7 +2,8 @@
 
 An entry serves any head_dim up to its own and any sequence up to its max_length (null: any). A table that the user has
 measured on this GPU (`fastchargpt bench attention --tune`) comes before the shipped one, but for variants (a sliding
-window, a soft-cap): they were not measured, and not every setting has the registers for them ("variants").
+window, a soft-cap): they were not measured, and not every setting has the registers for them ("variants"), nor for
+grouped heads, heads that are no power of two wide or attention without a mask ("calls").
 tuning/README.md says how the shipped entries were chosen, and why the one-launch kernels end where they end.
 """
 
@@ -63,33 +64,50 @@ def forced(forced_plan: Plan) -> Iterator[None]:
 
 
 def plan(
-    device: torch.device, dtype: torch.dtype, head_dim: int, length: int, *, dropout: bool, variant: bool = False
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dim: int,
+    length: int,
+    *,
+    dropout: bool,
+    variant: bool = False,
+    plain: bool = True,
 ) -> Plan:
     """The launches for sequences of at most `length` queries and keys on `device`.
 
-    `variant`: with a sliding window or a soft-cap, which the one-launch backwards do not have.
+    `variant`: with a sliding window or a soft-cap, which the one-launch backwards do not have; `plain`: see
+    `launch.is_plain`.
     """
     if _forced:
         return _forced[-1]
-    return _choose(arch_of(device), gpu_of(device), _kind(dtype), head_dim, length, dropout, variant).plan
+    return _choose(arch_of(device), gpu_of(device), _kind(dtype), head_dim, length, dropout, variant, plain).plan
 
 
-def plan_for(arch: str, dtype: str, head_dim: int, length: int, dropout: bool, variant: bool = False) -> Plan:
+def plan_for(
+    arch: str, dtype: str, head_dim: int, length: int, dropout: bool, variant: bool = False, plain: bool = True
+) -> Plan:
     """As `plan`, by the names that the tables use, and by the shipped table alone."""
-    return _choose(arch, None, dtype, head_dim, length, dropout, variant).plan
+    return _choose(arch, None, dtype, head_dim, length, dropout, variant, plain).plan
 
 
 def origin(
-    device: torch.device, dtype: torch.dtype, head_dim: int, length: int, *, dropout: bool, variant: bool = False
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dim: int,
+    length: int,
+    *,
+    dropout: bool,
+    variant: bool = False,
+    plain: bool = True,
 ) -> str:
     """Where the settings that `plan` gives come from, in words."""
     if _forced:
         return "settings forced by the caller"
-    path = _choose(arch_of(device), gpu_of(device), _kind(dtype), head_dim, length, dropout, variant).path
+    path = _choose(arch_of(device), gpu_of(device), _kind(dtype), head_dim, length, dropout, variant, plain).path
     return "settings as shipped" if path is None else f"settings measured on this machine, from {path}"
 
 
-def widest_head(device_type: str, index: int, dtype: torch.dtype, dropout: bool) -> int:
+def widest_head(device_type: str, index: int, dtype: torch.dtype, dropout: bool, plain: bool = True) -> int:
     """The largest head_dim that the device's tables serve in `dtype` at every length; 0 is none."""
     if _forced:
         return 256
@@ -103,6 +121,7 @@ def widest_head(device_type: str, index: int, dtype: torch.dtype, dropout: bool)
                 e.head_dim
                 for e in entries
                 if e.config.kernel == kernel and e.dtype == kind and e.dropout >= dropout and e.max_length is None
+                if e.has_calls(plain)
             ),
             default=0,
         )
@@ -111,12 +130,15 @@ def widest_head(device_type: str, index: int, dtype: torch.dtype, dropout: bool)
     return min(served)
 
 
-def serves_variants(device_type: str, index: int, dtype: torch.dtype, head_dim: int, dropout: bool) -> bool:
+def serves_variants(
+    device_type: str, index: int, dtype: torch.dtype, head_dim: int, dropout: bool, plain: bool = True
+) -> bool:
     """Whether the device has settings, for any length, with which a sliding window and a soft-cap spill nothing."""
     if _forced:
         return True
     try:
-        _choose(arch_of(torch.device(device_type, index)), None, _kind(dtype), head_dim, NO_LIMIT, dropout, True)
+        arch = arch_of(torch.device(device_type, index))
+        _choose(arch, None, _kind(dtype), head_dim, NO_LIMIT, dropout, True, plain)
     except ConfigError:
         return False
     return True
@@ -141,7 +163,7 @@ class _Choice:
 
 @functools.lru_cache(maxsize=1024)
 def _choose(
-    arch: str, gpu: str | None, dtype: str, head_dim: int, length: int, dropout: bool, variant: bool
+    arch: str, gpu: str | None, dtype: str, head_dim: int, length: int, dropout: bool, variant: bool, plain: bool
 ) -> _Choice:
     """The nearest entries that serve; `gpu` None looks at the shipped table alone."""
     own: UserTable | None = None if gpu is None or variant else user_table(arch, gpu)
@@ -154,10 +176,17 @@ def _choose(
         and entry.head_dim >= head_dim
         and (entry.max_length is None or entry.max_length >= length)
         and entry.dropout >= dropout  # what holds dropout's registers holds the plain kernel's too
+        and not (plain and entry.calls == "other")
     ]
-    if variant:  # an entry for wider heads may have the very settings that spill
-        barred = {entry.config for _, entry in serving if not entry.has_variants(dropout)}
-        serving = [item for item in serving if item[1].config not in barred]
+    fit, unfit = (
+        {
+            entry.config: entry.head_dim
+            for _, entry in sorted(serving, key=lambda item: item[0], reverse=True)
+            if (entry.has_calls(plain) and (entry.has_variants(dropout) or not variant)) == fits
+        }
+        for fits in (True, False)
+    )  # the narrowest head_dim of each: settings that spill there spill for whoever asks, whatever a wider entry says
+    serving = [item for item in serving if fit.get(item[1].config, NO_LIMIT) <= unfit.get(item[1].config, NO_LIMIT)]
 
     def find(kernel: str) -> tuple[tuple[int, ...], Entry] | None:
         return min((item for item in serving if item[1].config.kernel == kernel), key=lambda i: i[0], default=None)

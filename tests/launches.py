@@ -11,15 +11,15 @@ from typing import Any
 import torch
 
 from fastchargpt.kernels import flash_backward, flash_decode, flash_forward, flash_short
-from fastchargpt.kernels.launch import launch_arguments
+from fastchargpt.kernels.launch import block_d, launch_arguments
 from fastchargpt.kernels.tuning import Config, Entry
 
-__all__ = ["BOTH", "RAGGED", "VARIED", "Case", "cases", "run_backward", "run_kernel"]
+__all__ = ["BOTH", "RAGGED", "UNUSUAL", "VARIED", "Case", "cases", "run_backward", "run_kernel"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Case:
-    """What a kernel is launched on."""
+    """What a kernel is launched on, as a user's call would."""
 
     dtype: torch.dtype
     head_dim: int
@@ -33,11 +33,17 @@ class Case:
     window: int | None = None
     softcap: float | None = None
 
+    @property
+    def plain(self) -> bool:
+        """As `launch.is_plain` has it."""
+        return self.causal and self.heads == self.kv_heads and self.head_dim == block_d(self.head_dim)
+
 
 RAGGED = ("blocks", "dkdv")  # they have other code for a sequence that is no multiple of their block of rows
 VARIED = ("forward", "decode", "dq", "dkdv")  # the kernels that have a sliding window and a soft-cap
 # In machine code it counts that they are there: which window and which cap are arguments like any other.
 BOTH: dict[str, Any] = {"window": 100, "softcap": 30.0}
+UNUSUAL: tuple[dict[str, Any], ...] = ({"causal": False}, {"kv_heads": 2})
 
 
 def cases(entry: Entry, table: Iterable[Entry] = (), *, thorough: bool = False) -> list[Case]:
@@ -45,7 +51,9 @@ def cases(entry: Entry, table: Iterable[Entry] = (), *, thorough: bool = False) 
 
     An entry for dropout serves the plain kernel too, unless its table has another one for that. Unless the entry says
     that it has none, each launch is also made with a window and a soft-cap together, the most that can be asked of it;
-    thoroughly, with one alone too. Kernels that tell a ragged sequence from an even one have to pass both.
+    thoroughly, with one alone too. Kernels that tell a ragged sequence from an even one have to pass both. Unless the
+    entry is for plain calls only, there are also a launch without a mask, one of grouped heads and one of heads
+    that are a little narrower than a tile; thoroughly, of much narrower ones.
     """
     length = min(entry.max_length or 1024, 1024)
     if entry.dtype == "half":
@@ -53,21 +61,24 @@ def cases(entry: Entry, table: Iterable[Entry] = (), *, thorough: bool = False) 
     else:
         kinds = [{"dtype": torch.float32}, {"dtype": torch.float32, "tf32": True}]
     base = [Case(**kind, head_dim=entry.head_dim, length=length) for kind in kinds]
-    plain = dataclasses.replace(entry, dropout=False)
-    has_plain_twin = any(_place(other) == _place(plain) for other in table)
-    dropouts = {False} if not entry.dropout or entry.config.kernel == "decode" else {True, has_plain_twin}
-    found = [dataclasses.replace(case, dropout=dropout) for case in base for dropout in sorted(dropouts)]
+    twins = [other for other in table if _place(other) == _place(dataclasses.replace(entry, dropout=False))]
+
+    def with_dropout(twin: bool) -> list[Case]:
+        dropouts = {False} if not entry.dropout or entry.config.kernel == "decode" else {True, twin}
+        return [dataclasses.replace(case, dropout=dropout) for case in base for dropout in sorted(dropouts)]
+
+    found = with_dropout(any(twin.has_calls(plain=True) for twin in twins))
+    unusual = [] if entry.calls == "plain" else [*UNUSUAL, {"head_dim": entry.head_dim - 12}]
+    unusual += [{"head_dim": entry.head_dim // 2}, {"head_dim": entry.head_dim // 4}] if thorough else []
+    rest = with_dropout(any(twin.has_calls(plain=False) for twin in twins))
+    rare = [dataclasses.replace(case, **change) for case in rest for change in unusual]
     if entry.config.kernel in VARIED:
         varied = [case for case in found if entry.has_variants(case.dropout)]
         variants = [BOTH, *({name: value} for name, value in BOTH.items() if thorough)]
         found += [dataclasses.replace(case, **variant) for case in varied for variant in variants]
     if entry.config.kernel in RAGGED:
         found += [dataclasses.replace(case, length=case.length - 1) for case in found]
-    if thorough:
-        narrower = [{"head_dim": d} for d in (entry.head_dim - 12, entry.head_dim // 2, entry.head_dim // 4)]
-        changes = ({"causal": False}, {"kv_heads": 2}, *narrower)
-        found += [dataclasses.replace(case, **change) for case in base for change in changes]
-    return found
+    return found + rare
 
 
 def _place(entry: Entry) -> tuple[object, ...]:

@@ -97,24 +97,33 @@ def test_cases_cover_what_an_entry_serves():
     def plain(*arguments, **options):
         return [case for case in cases(*arguments, **options) if not variant_of(case)]
 
+    def rare(*arguments, **options):
+        return [variant_of(case) for case in cases(*arguments, **options) if not case.plain]
+
     half = entry("half")
     assert [(case.dtype, case.dropout) for case in plain(half)] == [(torch.bfloat16, False), (torch.bfloat16, True)]
     assert [case.dropout for case in plain(half, (half, entry("half", dropout=False)))] == [True]
     assert [case.dropout for case in plain(entry("half", kernel="decode"))] == [False]
     for kernel in RAGGED:
-        lengths = {(case.length % 64 == 0, case.dropout) for case in cases(entry("half", kernel=kernel))}
+        lengths = {(case.length % 64 == 0, case.dropout) for case in cases(entry("half", kernel=kernel)) if case.plain}
         assert lengths == set(itertools.product((False, True), repeat=2))
     assert [(case.tf32, case.dropout) for case in plain(entry("fp32", dropout=False))] == [
         (False, False),
         (True, False),
     ]
     for thorough, variants in ((False, ["", "window softcap"]), (True, ["", "softcap", "window", "window softcap"])):
-        found = {(case.dropout, variant_of(case)) for case in cases(half, thorough=thorough)}
+        found = {(case.dropout, variant_of(case)) for case in cases(half, thorough=thorough) if case.plain}
         assert sorted(found) == [(dropout, variant) for dropout in (False, True) for variant in variants]
     for unvaried in (dataclasses.replace(half, variants="none"), entry("half", kernel="tile")):
-        assert cases(unvaried) == plain(unvaried)
+        assert [case for case in cases(unvaried) if case.plain] == plain(unvaried)
     some = dataclasses.replace(half, variants="no dropout")
-    assert [case.dropout for case in cases(some) if variant_of(case)] == [False]
+    assert [case.dropout for case in cases(some) if case.plain and variant_of(case)] == [False]
+    only = dataclasses.replace(half, calls="plain")
+    assert rare(half) == ["unmasked", "grouped", "narrow"] * 2
+    assert rare(only) == []
+    without = entry("half", dropout=False)
+    assert rare(half, (half, without)) == ["unmasked", "grouped", "narrow"]  # the other one serves them without dropout
+    assert rare(half, (half, dataclasses.replace(without, calls="plain"))) == rare(half)  # unless it does not
     thorough = cases(half, thorough=True)
     assert {case.dtype for case in thorough} == {torch.bfloat16, torch.float16}
     assert any(not case.causal for case in thorough)

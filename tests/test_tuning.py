@@ -1,5 +1,6 @@
 """Launch tables: read, complete, and refused in words."""
 
+import functools
 import json
 from pathlib import Path
 
@@ -7,8 +8,8 @@ import pytest
 import torch
 from strict_interpreter import strict_interpreter
 
-from fastchargpt.attention import causal_attention
-from fastchargpt.errors import ConfigError
+from fastchargpt.attention import causal_attention, explain_attention
+from fastchargpt.errors import BackendUnavailableError, ConfigError
 from fastchargpt.kernels import tables, tuning
 from fastchargpt.kernels.tuning import Config, Entry, known_archs, load_table, plan_for, widest_head
 from fastchargpt.parity import attention_inputs, check_attention
@@ -62,7 +63,7 @@ def test_wide_heads_in_fp32_are_right_with_the_tables_settings(head_dim: int, pr
 @pytest.mark.parametrize("arch", known_archs())
 def test_entries_are_well_formed_and_none_is_said_twice(arch: str) -> None:
     entries = load_table(arch)
-    keys = [(e.config.kernel, e.dtype, e.head_dim, e.max_length, e.dropout) for e in entries]
+    keys = [(e.config.kernel, e.dtype, e.head_dim, e.max_length, e.dropout, e.calls == "other") for e in entries]
     assert len(set(keys)) == len(keys)
     for entry in entries:
         assert entry.config.kernel in tuning.KERNELS
@@ -119,6 +120,53 @@ def test_measured_tables_lie_in_the_cache_unless_the_environment_names_a_folder(
 def test_a_variant_takes_two_launches() -> None:
     assert len(plan_for("sm_80", "half", 64, 64, False).backward) == 1
     assert [c.kernel for c in plan_for("sm_80", "half", 64, 64, False, variant=True).backward] == ["dq", "dkdv"]
+
+
+def test_an_entry_for_plain_attention_serves_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    def entry(kernel: str, block_n: int, head_dim: int, calls: str, dropout: bool) -> Entry:
+        config = Config(kernel, 32, block_n, 4, 1)
+        return Entry(config=config, dtype="half", head_dim=head_dim, max_length=None, dropout=dropout, calls=calls)
+
+    # A wider head has the settings that fit at 64, which must not cost 64 its own; and what is there for other calls
+    # without dropout must not serve plain ones, although it has no idle dropout.
+    ways = ((64, 64, "plain", True), (32, 64, "other", False), (32, 128, "plain", True))
+    table = tuple(entry(kernel, *way) for kernel in ("forward", "dq", "dkdv") for way in ways)
+    assert [Entry.from_json(x.to_json()) for x in table] == list(table)
+    monkeypatch.setattr(tuning, "load_table", functools.lru_cache(lambda arch: table))
+    tuning.forget()
+    try:
+        assert plan_for("x", "half", 64, 99, False).forward.block_n == 64
+        assert plan_for("x", "half", 64, 99, False, plain=False).forward.block_n == 32
+        with pytest.raises(ConfigError, match="no 'forward' entry"):  # what fits at 128 did not at 64
+            plan_for("x", "half", 64, 99, True, plain=False)
+        assert plan_for("x", "half", 128, 99, False).forward.block_n == 32
+        with pytest.raises(ConfigError, match="no 'forward' entry for half, head_dim 128"):
+            plan_for("x", "half", 128, 99, False, plain=False)
+        assert widest_head("cpu", 0, torch.bfloat16, False) == 128
+        assert widest_head("cpu", 0, torch.bfloat16, False, False) == 64
+        qkv = torch.zeros(1, 2, 8, 128, dtype=torch.bfloat16)
+        grouped = (qkv, qkv[:, :1], qkv[:, :1])
+        with strict_interpreter():
+            assert explain_attention(qkv, qkv, qkv, backend="triton").startswith("triton")
+            with pytest.raises(BackendUnavailableError, match="without spills for a head_dim of 128"):
+                explain_attention(*grouped, backend="triton")
+            with pytest.raises(BackendUnavailableError, match="without spills for a head_dim of 128"):
+                explain_attention(qkv, qkv, qkv, causal=False, backend="triton")
+            narrow = qkv[..., :100]
+            with pytest.raises(BackendUnavailableError, match="without spills for a head_dim of 100"):
+                explain_attention(narrow, narrow, narrow, backend="triton")
+    finally:
+        tuning.forget()
+
+
+@pytest.mark.parametrize("arch", known_archs())
+def test_grouped_and_narrow_heads_are_served_wherever_plain_ones_are(arch: str) -> None:
+    """But in fp32 beside dropout, and at its widest on sm_100, where dq has no registers for it: SDPA, with the reason."""
+    for dtype, head_dims in (("half", (8, 64, 128, 256)), ("fp32", (8, 64) if arch == "sm_100" else (8, 64, 128))):
+        for head_dim in head_dims:
+            for length in (64, 300, 5000):
+                for dropout in (False, True) if dtype == "half" else (False,):
+                    assert plan_for(arch, dtype, head_dim, length, dropout, plain=False).backward
 
 
 def test_what_no_table_serves_is_said() -> None:

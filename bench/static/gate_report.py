@@ -29,6 +29,7 @@ from launches import Case, cases, run_kernel  # noqa: E402
 from strict_interpreter import strict_interpreter  # noqa: E402
 from work_counter import WorkCounter  # noqa: E402
 
+from fastchargpt.kernels.launch import block_d  # noqa: E402
 from fastchargpt.kernels.tuning import Config, Entry, known_archs, load_table  # noqa: E402
 
 __all__ = ["RECORD", "Row", "everything", "key_of", "read_record", "to_markdown", "variant_of"]
@@ -48,7 +49,10 @@ class Row(NamedTuple):
     head_dim: int
     max_length: str
     dropout: bool
-    variant: str  # of "window", "softcap" and "ragged" (a sequence that is no multiple of the block) those there are
+    variant: (
+        str  # of "window", "softcap", "ragged" (a sequence that is no multiple of the block), "unmasked", "grouped"
+    )
+    # (heads that share keys) and "narrow" (heads not as wide as a tile) those there are
     block_m: int
     block_n: int
     warps: int
@@ -63,17 +67,22 @@ class Row(NamedTuple):
     instructions: str
     instructions_per_tile: str  # of each loop with products in it; empty where the whole kernel is one tile
     matrix_instructions_per_tile: str
-    length: int  # of the sequence that the next three are counted for
-    matrix_products: float  # in units of one exact causal T x T x D product
-    bytes_per_head: int  # each address once
-    bytes_lower_bound: int
+    length: int  # of the sequence that the next three are counted for, where attention is plain
+    matrix_products: float | str  # in units of one exact causal T x T x D product
+    bytes_per_head: int | str  # each address once
+    bytes_lower_bound: int | str
     verdict: str
 
 
 def variant_of(case: Case) -> str:
     """What a case has besides plain attention, in words."""
-    found = [name for name in ("window", "softcap") if getattr(case, name) is not None]
-    return " ".join(found + ["ragged"] * (case.length % 2))
+    found = {name: getattr(case, name) is not None for name in ("window", "softcap")} | {
+        "ragged": case.length % 2,
+        "unmasked": not case.causal,
+        "grouped": case.kv_heads < case.heads,
+        "narrow": case.head_dim < block_d(case.head_dim),
+    }
+    return " ".join(name for name, there in found.items() if there)
 
 
 def key_of(config: Config, case: Case, target: str) -> str:
@@ -136,7 +145,8 @@ def judge_entry(arguments: tuple[str, Entry, Case], *, counted: bool = True) -> 
     problems = [problem for judgement in judgements for problem in judgement.problems]
     loops = [loop for report in reports for loop in report.matrix_loops]
     length = min(entry.max_length or COUNTED_LENGTH, COUNTED_LENGTH)
-    products, moved, fewest = _work(config, case.head_dim, case.dtype, length) if counted else (0, 0, 0)
+    work = _work(config, case.head_dim, case.dtype, length) if counted and case.plain else ("", "", "")
+    products, moved, fewest = work
 
     def each(field: str) -> str:
         return " ".join(str(getattr(report, field)) for report in reports)

@@ -2,9 +2,11 @@
 
     python bench/static/make_tables.py sm_90 gfx942     # writes kernels/tuning/sm_90.json, gfx942.json; default: all
     python bench/static/make_tables.py --kernel dq dkdv --head-dim 64 --dtype half   # these anew, others stay
+    python bench/static/make_tables.py --mark           # all stay; which of them are for plain calls only
 
 An entry must pass (tests/gate.py) in every precision that it serves, with dropout and without; where only the plain
-kernel passes, the entry says so and another one serves dropout. Where no candidate passes there is no entry, and the
+kernel passes, the entry says so and another one serves dropout; so it is with grouped heads, heads narrower than a tile
+and attention without a mask. Where no candidate passes there is no entry, and the
 dispatcher takes another kernel or another backend. The order of preference is by the static estimate: larger tiles move
 fewer bytes, 4 warps repeat no tensor-core work, and two stages hide loads where registers allow. Measured tables, from
 `fastchargpt bench attention --tune`, replace these.
@@ -85,6 +87,7 @@ EXACT: dict[str, list[Settings]] = {
     "dq": [(32, 32, 4, 1), (32, 32, 8, 1), (16, 16, 8, 1)],
     "dkdv": [(32, 32, 4, 1), (32, 32, 8, 1), (16, 16, 8, 1), (32, 32, 16, 1), (16, 16, 16, 1)],
 }
+EXACT_SPARE: list[Settings] = [(16, 16, 4, 1), (16, 16, 8, 1), (16, 16, 16, 1), (16, 32, 8, 1), (32, 32, 16, 1)]
 EXACT_TILES: dict[int, list[Settings]] = {16: [(16, 16, 4, 1)], 32: [(32, 32, 4, 1), (32, 32, 8, 1)]}
 # What the estimate puts before the lists above. Where warps multiply on their own (HMMA of sm_80, AMD's matrix cores),
 # four warps over 128 queries read the least shared memory, which is what bounds dq; where they multiply together (WGMMA
@@ -172,7 +175,7 @@ def choose(target: str, kernel: str, dtype: str, head_dim: int, max_length: int 
         keys = {"dtype": dtype, "head_dim": head_dim, "max_length": max_length}
         for dropout in (False, True) if kernel != "decode" else (False,):
             entry = Entry(config=config, dropout=dropout, **keys)
-            wanted = [case for case in cases(entry) if case.dropout == dropout]
+            wanted = [case for case in cases(entry) if case.dropout == dropout and case.plain]
             varied = [case for case in wanted if case.window is not None or case.softcap is not None]
             if not _passes(config, [case for case in wanted if case not in varied], target):
                 break
@@ -191,10 +194,48 @@ def choose(target: str, kernel: str, dtype: str, head_dim: int, max_length: int 
         yield plain
 
 
+def mark(target: str, entries: list[Entry]) -> list[Entry]:
+    """The entries, each saying whether it is for plain calls only, and further ones for the other calls.
+
+    Two launches serve everything, so one-launch kernels get none; where no candidate passes, an entry for wider heads
+    serves.
+    """
+    found = [dataclasses.replace(entry, calls="all") for entry in entries if entry.calls != "other"]
+    for at, entry in enumerate(found):
+        rare = [case for case in cases(entry, found) if not case.plain]
+        found[at] = dataclasses.replace(entry, calls="all" if _passes(entry.config, rare, target) else "plain")
+    spare = []
+    for kernel, dtype, head_dim in sorted({_slot(entry)[:3] for entry in found if entry.max_length is None}):
+        same = [entry for entry in found if _slot(entry) == (kernel, dtype, head_dim, None)]
+        for dropout in (True, False) if same[-1].dropout else (False,):  # what holds dropout holds the rest
+            if all(entry.calls == "plain" for entry in same if entry.dropout >= dropout):
+                more = _spare(target, kernel, dtype, head_dim, dropout)
+                same += more
+                spare += more
+    return found + spare
+
+
+def _spare(target: str, kernel: str, dtype: str, head_dim: int, dropout: bool) -> list[Entry]:
+    """The first candidate with which everything passes, or none."""
+    further = EXACT_SPARE if dtype == "fp32" and kernel != "decode" else []
+    for settings in (*candidates(target, kernel, dtype, head_dim, None), *further):
+        config = Config(kernel, *settings)
+        entry = Entry(config=config, dtype=dtype, head_dim=head_dim, max_length=None, dropout=dropout)
+        bare = [case for case in cases(entry) if case.window is None and case.softcap is None]
+        if _passes(config, bare, target):
+            varied = [case for case in cases(entry) if case not in bare]
+            plain = [case for case in varied if not case.dropout]
+            fits = _passes(config, varied, target), _passes(config, plain, target) and dropout
+            variants = "all" if fits[0] else "no dropout" if fits[1] else "none"
+            return [dataclasses.replace(entry, variants=variants, calls="other")]
+    return []
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("targets", nargs="*", default=SHIPPED)
     parser.add_argument("--kernel", nargs="+", choices=KERNELS, default=KERNELS, help="only these; others stay")
+    parser.add_argument("--mark", action="store_true", help="only find out which entries are for plain calls only")
     parser.add_argument("--dtype", nargs="+", choices=("half", "fp32"), default=("half", "fp32"))
     parser.add_argument("--head-dim", nargs="+", type=int, choices=HEAD_DIMS, default=HEAD_DIMS)
     arguments = parser.parse_args()
@@ -203,7 +244,7 @@ def main() -> None:
         wanted = [
             slot
             for slot in slots(target, arguments.dtype, arguments.head_dim)
-            if slot[0] in arguments.kernel and not _measured(target, slot)
+            if slot[0] in arguments.kernel and not _measured(target, slot) and not arguments.mark
         ]
         redone = {slot[:3] for slot in wanted}
         entries = [entry for entry in load_table(target) if _slot(entry)[:3] not in redone] if path.exists() else []
@@ -212,6 +253,10 @@ def main() -> None:
             print(target, *slot, [(*vars(e.config).values(), e.dropout) for e in found], flush=True)
             entries += found
         facts = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        entries = mark(target, entries)
+        print(
+            target, "for plain calls only:", *(e.config for e in entries if e.calls == "plain"), sep="\n  ", flush=True
+        )
         kept = {name: value for name, value in facts.items() if name == "measured"}
         save_table(path, target, sorted(entries, key=_order), facts=kept)
 
@@ -227,7 +272,14 @@ def _slot(entry: Entry) -> tuple[str, str, int, int | None]:
 
 def _order(entry: Entry) -> tuple[object, ...]:
     kernel, dtype, head_dim, longest = _slot(entry)
-    return ("half", "fp32").index(dtype), head_dim, KERNELS.index(kernel), longest or 2**31, entry.dropout
+    return (
+        ("half", "fp32").index(dtype),
+        head_dim,
+        KERNELS.index(kernel),
+        longest or 2**31,
+        entry.dropout,
+        entry.calls == "other",
+    )
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import torch
 from .errors import AttentionError, BackendUnavailableError, nearest
 from .kernels import naive, sdpa
 from .kernels.availability import triton_problem
+from .kernels.launch import is_plain
 from .kernels.philox import draw_seed
 from .kernels.tuning import origin, serves_variants, widest_head
 from .kernels.window import hiding
@@ -206,8 +207,10 @@ def explain_attention(
         from .kernels import flash
 
         length, variant = max(q.shape[2], k.shape[2]), hiding(window, k.shape[2]) is not None or softcap is not None
-        settings = origin(q.device, q.dtype, q.shape[-1], length, dropout=dropout_p > 0.0, variant=variant)
-        detail = f" ({flash.describe(q, k, dropout_p=dropout_p, window=window, softcap=softcap)}; {settings})"
+        kind = {"dropout": dropout_p > 0.0, "variant": variant, "plain": is_plain(q, k, causal)}
+        settings = origin(q.device, q.dtype, q.shape[-1], length, **kind)
+        kernels = flash.describe(q, k, causal=causal, dropout_p=dropout_p, window=window, softcap=softcap)
+        detail = f" ({kernels}; {settings})"
     elif name == "sdpa" and hiding(window, k.shape[2]) is not None and q.shape[2] > 1:
         detail = f" (the window of {window} as a mask of Tq x Tk)"
     return f"{name}: {reason}{detail}"
@@ -238,7 +241,7 @@ def choose_backend(
         beyond = "the log-sum-exp is asked for, which SDPA does not return" if return_lse else ""
         beyond = beyond or ("a soft-cap is asked for, which SDPA does not have" if softcap is not None else "")
         if q.is_cuda:
-            problem = _triton_refusal(q, dropout_p, variant)
+            problem = _triton_refusal(q, k, causal, dropout_p, variant)
             if problem is None:
                 return "triton", "the tensors are on a GPU that the Triton kernels serve"
             return ("naive", f"{beyond}, and {problem}") if beyond else ("sdpa", problem)
@@ -258,15 +261,15 @@ def choose_backend(
             )
         return ("naive" if q.numel() == 0 or k.numel() == 0 else "sdpa"), "it was asked for by name"
     if backend == "triton":
-        problem = _triton_refusal(q, dropout_p, variant)
+        problem = _triton_refusal(q, k, causal, dropout_p, variant)
         if problem is not None:
             raise BackendUnavailableError(f"backend 'triton' cannot serve: {problem}; use backend 'auto' or 'sdpa'")
         return ("naive" if q.numel() == 0 or k.numel() == 0 else "triton"), "it was asked for by name"
     raise AttentionError(f"backend must be one of {', '.join(BACKENDS)}; got {backend!r}{nearest(backend, BACKENDS)}")
 
 
-def _triton_refusal(q: torch.Tensor, dropout_p: float, variant: bool) -> str | None:
-    """Why the Triton kernels cannot serve a query like q (`variant`: a window or a soft-cap), or None when they can."""
+def _triton_refusal(q: torch.Tensor, k: torch.Tensor, causal: bool, dropout_p: float, variant: bool) -> str | None:
+    """Why the Triton kernels cannot serve these (`variant`: with a window or a soft-cap), or None when they can."""
     dtype, head_dim = q.dtype, q.shape[-1]
     if torch.is_autocast_enabled(q.device.type):
         dtype = torch.get_autocast_dtype(q.device.type)
@@ -276,9 +279,10 @@ def _triton_refusal(q: torch.Tensor, dropout_p: float, variant: bool) -> str | N
         return f"the Triton kernels take a head_dim from 8 to 256, and it is {head_dim}"
     device = (q.device.type, q.device.index or 0)
     problem = triton_problem(*device)
-    if problem is None and head_dim > widest_head(*device, dtype, dropout_p > 0.0):
+    plain = is_plain(q, k, causal)
+    if problem is None and head_dim > widest_head(*device, dtype, dropout_p > 0.0, plain):
         return f"the launch table of this GPU has no {dtype} kernels without spills for a head_dim of {head_dim}"
-    if problem is None and variant and not serves_variants(*device, dtype, head_dim, dropout_p > 0.0):
+    if problem is None and variant and not serves_variants(*device, dtype, head_dim, dropout_p > 0.0, plain):
         return (
             f"the launch table of this GPU has no {dtype} kernels with a window or a soft-cap and without spills "
             f"for a head_dim of {head_dim}"
