@@ -34,7 +34,7 @@ __all__ = ["HEAD_DIMS", "SHIPPED", "choose", "slots"]
 
 TABLES = ROOT / "kernels" / "tuning"
 Settings = tuple[int, int, int, int]  # BLOCK_M, BLOCK_N, warps, stages
-HEAD_DIMS = (32, 64, 128, 256)
+HEAD_DIMS = (64, 128, 256)  # narrower heads take what is for 64; sm_90 has entries for 32, which were measured
 # The dtype and head_dims of a target that `bench attention --tune` measured: an estimate does not replace them.
 MEASURED: dict[str, tuple[str, tuple[int, ...]]] = {"sm_90": ("half", (32, 64, 128))}
 SHIPPED = [name for name in TARGETS if name != "sm_75"]  # there Triton has no tensor cores: SDPA serves
@@ -207,11 +207,13 @@ def mark(target: str, entries: list[Entry]) -> list[Entry]:
     spare = []
     for kernel, dtype, head_dim in sorted({_slot(entry)[:3] for entry in found if entry.max_length is None}):
         same = [entry for entry in found if _slot(entry) == (kernel, dtype, head_dim, None)]
-        for dropout in (True, False) if same[-1].dropout else (False,):  # what holds dropout holds the rest
-            if all(entry.calls == "plain" for entry in same if entry.dropout >= dropout):
-                more = _spare(target, kernel, dtype, head_dim, dropout)
-                same += more
-                spare += more
+        more: list[Entry] = []
+        for dropout in (True, False) if same[-1].dropout else (False,):
+            # what holds dropout holds the rest too, but without it something better may pass
+            if more or all(entry.calls == "plain" for entry in same if entry.dropout >= dropout):
+                best = _spare(target, kernel, dtype, head_dim, dropout)
+                more += [entry for entry in best if entry.config not in [other.config for other in more]]
+        spare += more
     return found + spare
 
 
