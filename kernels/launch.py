@@ -11,6 +11,9 @@ from .philox import dropout_threshold, keep_probability
 __all__ = ["LaunchArguments", "alignment", "block_d", "is_plain", "launch_arguments"]
 
 
+WHOLE_TILES = (16, 32, 64, 128, 256)  # the widths that `block_d` has
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LaunchArguments:
     """The tail of every kernel's signature, in its order."""
@@ -28,7 +31,12 @@ def block_d(head_dim: int) -> int:
 
 def is_plain(q: torch.Tensor, k: torch.Tensor, causal: bool) -> bool:
     """Whether this is what most models do, which needs the fewest registers: causal, no groups, no columns of zeros."""
-    return causal and q.shape[1] == k.shape[1] and block_d(q.shape[-1]) == q.shape[-1]
+    if not causal or q.shape[1] != k.shape[1]:
+        return False
+    for width in WHOLE_TILES:  # noqa: SIM110 (torch.compile may hold a head_dim as a symbol: branches decide it)
+        if q.shape[-1] == width:
+            return True
+    return False
 
 
 def alignment(*tensors: torch.Tensor) -> int:
