@@ -2,7 +2,7 @@
 
     python bench/static/gate_report.py              # what is not recorded yet, with the sources as they are now
     python bench/static/gate_report.py --all        # everything again
-    python bench/static/gate_report.py --thorough   # fp16, non-causal, grouped, ragged too; not recorded
+    python bench/static/gate_report.py --thorough   # fp16, far narrower heads, a window or a cap alone; not recorded
     python bench/static/gate_report.py --thorough sm_90 --head-dim 64 --dtype half      # hours in all: a part of it
 
 tests/test_compile_gate.py compiles a part of this on every run and checks that the record covers the rest: a record
