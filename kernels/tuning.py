@@ -120,8 +120,9 @@ def widest_head(device_type: str, index: int, dtype: torch.dtype, dropout: bool,
             (
                 e.head_dim
                 for e in entries
-                if e.config.kernel == kernel and e.dtype == kind and e.dropout >= dropout and e.max_length is None
-                if e.has_calls(plain)
+                if (e.config.kernel, e.dtype, e.max_length) == (kernel, kind, None)
+                and e.dropout >= dropout
+                and e.has_calls(plain)
             ),
             default=0,
         )
@@ -178,15 +179,13 @@ def _choose(
         and entry.dropout >= dropout  # what holds dropout's registers holds the plain kernel's too
         and not (plain and entry.calls == "other")
     ]
-    fit, unfit = (
-        {
-            entry.config: entry.head_dim
-            for _, entry in sorted(serving, key=lambda item: item[0], reverse=True)
-            if (entry.has_calls(plain) and (entry.has_variants(dropout) or not variant)) == fits
-        }
-        for fits in (True, False)
-    )  # the narrowest head_dim of each: settings that spill there spill for whoever asks, whatever a wider entry says
-    serving = [item for item in serving if fit.get(item[1].config, NO_LIMIT) <= unfit.get(item[1].config, NO_LIMIT)]
+    # Settings that spill do so for narrower heads too, whatever an entry for wider ones says: the narrowest decides.
+    narrowest: dict[Config, tuple[int, bool]] = {}
+    for _, entry in serving:
+        fits = entry.has_calls(plain) and (not variant or entry.has_variants(dropout))
+        found = (entry.head_dim, not fits)
+        narrowest[entry.config] = min(narrowest.get(entry.config, found), found)
+    serving = [item for item in serving if not narrowest[item[1].config][1]]
 
     def find(kernel: str) -> tuple[tuple[int, ...], Entry] | None:
         return min((item for item in serving if item[1].config.kernel == kernel), key=lambda i: i[0], default=None)
