@@ -10,7 +10,6 @@ from .philox import dropout_threshold, keep_probability
 
 __all__ = ["LaunchArguments", "alignment", "block_d", "is_plain", "launch_arguments"]
 
-
 WHOLE_TILES = (16, 32, 64, 128, 256)  # the widths that `block_d` has
 
 
@@ -21,7 +20,7 @@ class LaunchArguments:
     seed: torch.Tensor  # (1,) int64; any tensor where there is no dropout
     scalars: tuple[int | float, ...]  # heads, group, tq, tk, scale, threshold, keep_scale
     variant: dict[str, int | float | None]  # window, softcap
-    constants: dict[str, Any]  # HEAD_DIM, BLOCK_D, CAUSAL, NEGATE, DROPOUT, PRECISION; ALIGN is for whoever launches
+    constants: dict[str, Any]  # HEAD_DIM, BLOCK_D, CAUSAL, NEGATE, DROPOUT, PRECISION; a launch adds ALIGN
 
 
 def block_d(head_dim: int) -> int:
@@ -45,6 +44,11 @@ def alignment(*tensors: torch.Tensor) -> int:
     From 16 on Triton sees it by itself. For a head_dim of 52 or 100 the strides are multiples of 4, and without being
     told a kernel would load one element at a time.
     """
+    found = 16
+    for tensor in tensors:
+        found = math.gcd(found, *tensor.stride()[:-1])
+    if found == 16:  # the usual; else look whether what spoils it is a stride by which nothing is read
+        return found
     strides = (
         stride
         for tensor in tensors
