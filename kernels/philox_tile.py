@@ -19,7 +19,7 @@ def keep_tile(seed_ptr, batch, head, first_row, first_column, threshold, BLOCK_M
     """Which weights of a tile of scores are kept, bool [BLOCK_M, BLOCK_N]; it begins at multiples of 16.
 
     Everything is elementwise between broadcasts, so the compiler computes it in whatever layout the scores have: no
-    draw goes through shared memory, and where a layout splits the eight draws of a call, the call is made twice.
+    draw goes through shared memory, and where a layout splits the eight draws of a call, each holder makes the call.
     """
     seed = tl.load(seed_ptr).to(tl.uint64, bitcast=True)
     key_a = (seed & 0xFFFFFFFF).to(tl.uint32)

@@ -14,12 +14,12 @@ from fastchargpt.kernels import flash_backward, flash_decode, flash_forward, fla
 from fastchargpt.kernels.launch import block_d, launch_arguments
 from fastchargpt.kernels.tuning import Config, Entry
 
-__all__ = ["BOTH", "RAGGED", "UNUSUAL", "VARIED", "Case", "cases", "run_backward", "run_kernel"]
+__all__ = ["BOTH", "RAGGED", "VARIED", "Case", "cases", "run_backward", "run_kernel"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Case:
-    """What a kernel is launched on, as a user's call would."""
+    """What a kernel is launched on."""
 
     dtype: torch.dtype
     head_dim: int

@@ -20,8 +20,6 @@ from ttir import loops_with_dots, narrow_products
 from fastchargpt.kernels.tiles import waited_for
 from fastchargpt.kernels.tuning import Config
 
-FORWARD, HALF_64 = Config("forward", 64, 64, 4, 3), {"dtype": torch.bfloat16, "head_dim": 64, "length": 1024}
-
 
 @triton.jit
 def multiply_kernel(
@@ -129,7 +127,8 @@ def test_too_much_shared_memory_is_caught():
 def test_matrix_instructions_that_wait_for_each_other_are_caught():
     """What ptxas makes of the forward kernel's loop without `waited_for`: a wait for each of its instructions."""
     report, _ = multiply("sm_90")
-    (launch,) = launches_of(FORWARD, Case(**HALF_64), "sm_90")
+    case = Case(dtype=torch.bfloat16, head_dim=64, length=1024)
+    (launch,) = launches_of(Config("forward", 64, 64, 4, 3), case, "sm_90")
     for waits, found in ((8, 1), (7, 0), (2, 0)):
         loop = Loop({"HGMMA.64x64x16.F32.BF16": 4, "HGMMA.64x64x16.F32.BF16.SS": 4, "WARPGROUP.DEPBAR.LE": waits})
         problem = problems(launch, dataclasses.replace(report, loops=[loop]))

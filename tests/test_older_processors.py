@@ -21,28 +21,18 @@ TESTS = (
 )
 
 
-@pytest.mark.skipif(platform.machine() != "x86_64", reason="the names are x86's")
+@pytest.mark.skipif(
+    (platform.system(), platform.machine()) != ("Linux", "x86_64"), reason="needs x86's names and Linux"
+)
 @pytest.mark.parametrize("march", ["x86-64", "x86-64-v3"])
 def test_equal_on_an_older_processor(march):
     """x86-64 has vectors of 4 floats and no fused multiply-add, v3 those of 8."""
     require(None if find_compiler() else "no C++ compiler")
     if march == "x86-64-v3" and "avx2" not in Path("/proc/cpuinfo").read_text():
         pytest.skip("this processor has no AVX2")
+    options = ["-q", "-x", "-n", "0", "-p", "older_processor", "-p", "no:cacheprovider"]
     done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-q",
-            "-x",
-            "-p",
-            "older_processor",
-            "-p",
-            "no:cacheprovider",
-            "-n",
-            "0",
-            *TESTS,
-        ],
+        [sys.executable, "-m", "pytest", *options, *TESTS],
         cwd=HERE,
         env=os.environ | {"FASTCHARGPT_TEST_MARCH": march, "PYTHONPATH": str(HERE)},
         capture_output=True,
