@@ -64,19 +64,12 @@ def _dq_step(
     delta,
     k_head,
     v_head,
-    seed_ptr,
-    batch,
-    head,
+    dropout,
     start_m,
     n,
-    stride_kt,
-    stride_kd,
-    stride_vt,
-    stride_vd,
     tq,
     tk,
     scale,  # by which scores become exponents
-    threshold,
     keep_scale,
     window,
     softcap,
@@ -90,8 +83,8 @@ def _dq_step(
     PRECISION: tl.constexpr,
 ):
     """One block of keys, n .. n + BLOCK_N."""
-    k = load_tile(k_head, n, stride_kt, stride_kd, tk, BLOCK_N, HEAD_DIM, BLOCK_D, MASKED)
-    v = load_tile(v_head, n, stride_vt, stride_vd, tk, BLOCK_N, HEAD_DIM, BLOCK_D, MASKED)
+    k = load_tile(k_head, n, tk, BLOCK_N, HEAD_DIM, BLOCK_D, MASKED)
+    v = load_tile(v_head, n, tk, BLOCK_N, HEAD_DIM, BLOCK_D, MASKED)
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
     if softcap is None:
         p = exponential(scores * scale - lse[:, None], q)
@@ -107,7 +100,7 @@ def _dq_step(
             p = tl.where((tl.arange(0, BLOCK_N) < tk - n)[None, :], p, 0.0)
     dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
     if DROPOUT:
-        keep = keep_tile(seed_ptr, batch, head, start_m, n, threshold, BLOCK_M, BLOCK_N)
+        keep = keep_tile(dropout, start_m, n, BLOCK_M, BLOCK_N)
         ds = p * tl.where(keep, dp * keep_scale - delta[:, None], -delta[:, None])
     else:
         ds = p * (dp - delta[:, None])
@@ -124,18 +117,11 @@ def dq_of_block(
     delta,
     k_head,
     v_head,
-    seed_ptr,
-    batch,
-    head,
+    dropout,
     start_m,
-    stride_kt,
-    stride_kd,
-    stride_vt,
-    stride_vd,
     tq,
     tk,
     scale,  # by which scores become exponents
-    threshold,
     keep_scale,
     window,
     softcap,
@@ -163,23 +149,20 @@ def dq_of_block(
         inside = tl.minimum(inside, tl.maximum(0, end))
         for n in range(begin, inside, BLOCK_N):
             dq = _dq_step(
-                dq, q, dout, lse, delta, k_head, v_head, seed_ptr, batch, head, start_m, n,
-                stride_kt, stride_kd, stride_vt, stride_vd, tq, tk, scale, threshold, keep_scale, window, softcap,
-                HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, CAUSAL, True, DROPOUT, PRECISION,
+                dq, q, dout, lse, delta, k_head, v_head, dropout, start_m, n, tq, tk, scale, keep_scale,
+                window, softcap, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, CAUSAL, True, DROPOUT, PRECISION,
             )  # fmt: skip
         begin = inside
         full = tl.maximum(inside, full)
     for n in range(begin, full, BLOCK_N):
         dq = _dq_step(
-            dq, q, dout, lse, delta, k_head, v_head, seed_ptr, batch, head, start_m, n,
-            stride_kt, stride_kd, stride_vt, stride_vd, tq, tk, scale, threshold, keep_scale, window, softcap,
-            HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, CAUSAL, False, DROPOUT, PRECISION,
+            dq, q, dout, lse, delta, k_head, v_head, dropout, start_m, n, tq, tk, scale, keep_scale,
+            window, softcap, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, CAUSAL, False, DROPOUT, PRECISION,
         )  # fmt: skip
     for n in range(full, end, BLOCK_N):
         dq = _dq_step(
-            dq, q, dout, lse, delta, k_head, v_head, seed_ptr, batch, head, start_m, n,
-            stride_kt, stride_kd, stride_vt, stride_vd, tq, tk, scale, threshold, keep_scale, window, softcap,
-            HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, CAUSAL, True, DROPOUT, PRECISION,
+            dq, q, dout, lse, delta, k_head, v_head, dropout, start_m, n, tq, tk, scale, keep_scale,
+            window, softcap, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, CAUSAL, True, DROPOUT, PRECISION,
         )  # fmt: skip
     return dq
 
@@ -196,21 +179,12 @@ def _dkdv_step(
     lse_head,
     delta_head,
     dlse_head,
-    seed_ptr,
-    batch,
-    head,
+    dropout,
     start_n,
     m,
-    stride_qt,
-    stride_qd,
-    stride_dot,
-    stride_dod,
-    stride_ot,
-    stride_od,
     tq,
     tk,
     scale,  # by which scores become exponents
-    threshold,
     keep_scale,
     window,
     softcap,
@@ -228,13 +202,13 @@ def _dkdv_step(
     HAS_DLSE: tl.constexpr,
 ):
     """One block of queries, m .. m + BLOCK_M; the scores are held transposed, keys first."""
-    q = load_tile(q_head, m, stride_qt, stride_qd, tq, BLOCK_M, HEAD_DIM, BLOCK_D, RAGGED)
+    q = load_tile(q_head, m, tq, BLOCK_M, HEAD_DIM, BLOCK_D, RAGGED)
     if NEGATE:
         q = -q
-    dout = load_tile(dout_head, m, stride_dot, stride_dod, tq, BLOCK_M, HEAD_DIM, BLOCK_D, RAGGED)
+    dout = load_tile(dout_head, m, tq, BLOCK_M, HEAD_DIM, BLOCK_D, RAGGED)
     if INLINE_DELTA:
         lse = lse_of_rows(lse_head, m, tq, q, BLOCK_M)
-        out = load_tile(out_head, m, stride_ot, stride_od, tq, BLOCK_M, HEAD_DIM, BLOCK_D, RAGGED)
+        out = load_tile(out_head, m, tq, BLOCK_M, HEAD_DIM, BLOCK_D, RAGGED)
         delta = delta_of_rows(out, dout, dlse_head, m, tq, BLOCK_M, HAS_DLSE)
     else:  # from keep_rows
         lse = tl.load(lse_head + m + tl.arange(0, BLOCK_M))
@@ -253,7 +227,7 @@ def _dkdv_step(
             p_t = tl.where((last_seen - window)[None, :] <= tl.arange(0, BLOCK_N)[:, None], p_t, 0.0)
     dp_t = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
     if DROPOUT:
-        keep_t = tl.trans(keep_tile(seed_ptr, batch, head, m, start_n, threshold, BLOCK_M, BLOCK_N))
+        keep_t = tl.trans(keep_tile(dropout, m, start_n, BLOCK_M, BLOCK_N))
         dropped_t = tl.where(keep_t, p_t, 0.0)
         dv = tl.dot(dropped_t.to(dout.dtype), dout, dv, input_precision=PRECISION)
         ds_t = p_t * tl.where(keep_t, dp_t * keep_scale - delta[None, :], -delta[None, :])
@@ -278,20 +252,11 @@ def dkdv_of_block(
     lse_head,
     delta_head,
     dlse_head,
-    seed_ptr,
-    batch,
-    head,
+    dropout,
     start_n,
-    stride_qt,
-    stride_qd,
-    stride_dot,
-    stride_dod,
-    stride_ot,
-    stride_od,
     tq,
     tk,
     scale,  # by which scores become exponents
-    threshold,
     keep_scale,
     window,
     softcap,
@@ -326,10 +291,9 @@ def dkdv_of_block(
             full = tl.minimum(full, tl.cdiv(stop, BLOCK_M) * BLOCK_M)
         for m in range(begin, full, BLOCK_M):
             dk, dv = _dkdv_step(
-                dk, dv, k, v, q_head, dout_head, out_head, lse_head, delta_head, dlse_head, seed_ptr, batch, head,
-                start_n, m, stride_qt, stride_qd, stride_dot, stride_dod, stride_ot, stride_od, tq, tk,
-                scale, threshold, keep_scale, window, softcap, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, CAUSAL, True,
-                NEGATE, DROPOUT, PRECISION, RAGGED, INLINE_DELTA, HAS_DLSE,
+                dk, dv, k, v, q_head, dout_head, out_head, lse_head, delta_head, dlse_head, dropout, start_n, m, tq, tk,
+                scale, keep_scale, window, softcap, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, CAUSAL, True, NEGATE,
+                DROPOUT, PRECISION, RAGGED, INLINE_DELTA, HAS_DLSE,
             )  # fmt: skip
     else:
         full = 0
@@ -337,17 +301,15 @@ def dkdv_of_block(
         last = tl.maximum(full, inside)
         for m in range(last, stop, BLOCK_M):
             dk, dv = _dkdv_step(
-                dk, dv, k, v, q_head, dout_head, out_head, lse_head, delta_head, dlse_head, seed_ptr, batch, head,
-                start_n, m, stride_qt, stride_qd, stride_dot, stride_dod, stride_ot, stride_od, tq, tk,
-                scale, threshold, keep_scale, window, softcap, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, CAUSAL, True,
-                NEGATE, DROPOUT, PRECISION, RAGGED, INLINE_DELTA, HAS_DLSE,
+                dk, dv, k, v, q_head, dout_head, out_head, lse_head, delta_head, dlse_head, dropout, start_n, m, tq, tk,
+                scale, keep_scale, window, softcap, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, CAUSAL, True, NEGATE,
+                DROPOUT, PRECISION, RAGGED, INLINE_DELTA, HAS_DLSE,
             )  # fmt: skip
         stop = last
     for m in range(full, stop, BLOCK_M):
         dk, dv = _dkdv_step(
-            dk, dv, k, v, q_head, dout_head, out_head, lse_head, delta_head, dlse_head, seed_ptr, batch, head,
-            start_n, m, stride_qt, stride_qd, stride_dot, stride_dod, stride_ot, stride_od, tq, tk,
-            scale, threshold, keep_scale, window, softcap, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, CAUSAL, False,
-            NEGATE, DROPOUT, PRECISION, RAGGED, INLINE_DELTA, HAS_DLSE,
+            dk, dv, k, v, q_head, dout_head, out_head, lse_head, delta_head, dlse_head, dropout, start_n, m, tq, tk,
+            scale, keep_scale, window, softcap, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, CAUSAL, False, NEGATE,
+            DROPOUT, PRECISION, RAGGED, INLINE_DELTA, HAS_DLSE,
         )  # fmt: skip
     return dk, dv

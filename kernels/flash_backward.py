@@ -22,7 +22,7 @@ from .backward_steps import (
     padded_rows,
 )
 from .launch import LaunchArguments, alignment
-from .tiles import aligned, exponent, head_pointer, load_tile, store_tile
+from .tiles import exponent, head_of, load_tile, store_tile
 from .tuning import Config
 
 __all__ = ["backward", "backward_dkdv_kernel", "backward_dq_kernel"]
@@ -41,30 +41,12 @@ def backward_dq_kernel(
     kept_delta_ptr,
     dlse_ptr,
     seed_ptr,
-    stride_qb,
-    stride_qh,
-    stride_qt,
-    stride_qd,
-    stride_kb,
-    stride_kh,
-    stride_kt,
-    stride_kd,
-    stride_vb,
-    stride_vh,
-    stride_vt,
-    stride_vd,
-    stride_ob,
-    stride_oh,
-    stride_ot,
-    stride_od,
-    stride_dob,
-    stride_doh,
-    stride_dot,
-    stride_dod,
-    stride_dqb,
-    stride_dqh,
-    stride_dqt,
-    stride_dqd,
+    q_strides,
+    k_strides,
+    v_strides,
+    out_strides,
+    dout_strides,
+    dq_strides,
     heads,
     group,
     tq,
@@ -86,40 +68,34 @@ def backward_dq_kernel(
     HAS_DLSE: tl.constexpr,
 ):
     """What is kept for the second launch, and dq. Grid: (cdiv(tq, BLOCK_M) * B * Hq,)."""
-    stride_qb, stride_qh, stride_qt = aligned(stride_qb, stride_qh, stride_qt, ALIGN)
-    stride_kb, stride_kh, stride_kt = aligned(stride_kb, stride_kh, stride_kt, ALIGN)
-    stride_vb, stride_vh, stride_vt = aligned(stride_vb, stride_vh, stride_vt, ALIGN)
-    stride_ob, stride_oh, stride_ot = aligned(stride_ob, stride_oh, stride_ot, ALIGN)
-    stride_dob, stride_doh, stride_dot = aligned(stride_dob, stride_doh, stride_dot, ALIGN)
-    stride_dqb, stride_dqh, stride_dqt = aligned(stride_dqb, stride_dqh, stride_dqt, ALIGN)
     blocks = tl.cdiv(tq, BLOCK_M)
     start_m = (blocks - 1 - tl.program_id(0) % blocks) * BLOCK_M  # the longest rows first
     batch_head = tl.program_id(0) // blocks
     batch = batch_head // heads
     head = batch_head % heads
     rows_before = tl.cast(batch_head, tl.int64) * tq
-    q_head = head_pointer(q_ptr, batch, head, stride_qb, stride_qh)
-    out_head = head_pointer(out_ptr, batch, head, stride_ob, stride_oh)
-    dout_head = head_pointer(dout_ptr, batch, head, stride_dob, stride_doh)
-    k_head = head_pointer(k_ptr, batch, head // group, stride_kb, stride_kh)
-    v_head = head_pointer(v_ptr, batch, head // group, stride_vb, stride_vh)
+    q_head = head_of(q_ptr, q_strides, batch, head, ALIGN)
+    out_head = head_of(out_ptr, out_strides, batch, head, ALIGN)
+    dout_head = head_of(dout_ptr, dout_strides, batch, head, ALIGN)
+    k_head = head_of(k_ptr, k_strides, batch, head // group, ALIGN)
+    v_head = head_of(v_ptr, v_strides, batch, head // group, ALIGN)
 
-    out = load_tile(out_head, start_m, stride_ot, stride_od, tq, BLOCK_M, HEAD_DIM, BLOCK_D, True)
-    dout = load_tile(dout_head, start_m, stride_dot, stride_dod, tq, BLOCK_M, HEAD_DIM, BLOCK_D, True)
+    out = load_tile(out_head, start_m, tq, BLOCK_M, HEAD_DIM, BLOCK_D, True)
+    dout = load_tile(dout_head, start_m, tq, BLOCK_M, HEAD_DIM, BLOCK_D, True)
     delta = delta_of_rows(out, dout, dlse_ptr + rows_before, start_m, tq, BLOCK_M, HAS_DLSE)
-    q = load_tile(q_head, start_m, stride_qt, stride_qd, tq, BLOCK_M, HEAD_DIM, BLOCK_D, True)
+    q = load_tile(q_head, start_m, tq, BLOCK_M, HEAD_DIM, BLOCK_D, True)
     if NEGATE:
         q = -q
     lse = lse_of_rows(lse_ptr + rows_before, start_m, tq, q, BLOCK_M)
     kept_before = tl.cast(batch_head, tl.int64) * padded_rows(tq)
     keep_rows(kept_lse_ptr + kept_before, kept_delta_ptr + kept_before, lse, delta, start_m, tq, BLOCK_M)
     dq = dq_of_block(
-        q, dout, lse, delta, k_head, v_head, seed_ptr, batch, head, start_m, stride_kt, stride_kd, stride_vt, stride_vd,
-        tq, tk, exponent(tl.abs(scale), q), threshold, keep_scale, window, softcap,
+        q, dout, lse, delta, k_head, v_head, (seed_ptr, batch, head, threshold), start_m, tq, tk,
+        exponent(tl.abs(scale), q), keep_scale, window, softcap,
         HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, CAUSAL, DROPOUT, PRECISION,
     )  # fmt: skip
-    dq_head = head_pointer(dq_ptr, batch, head, stride_dqb, stride_dqh)
-    store_tile(dq_head, dq * scale, start_m, stride_dqt, stride_dqd, tq, BLOCK_M, HEAD_DIM, BLOCK_D)
+    dq_head = head_of(dq_ptr, dq_strides, batch, head, ALIGN)
+    store_tile(dq_head, dq * scale, start_m, tq, BLOCK_M, HEAD_DIM, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=["tq", "tk", "threshold", "window"])
@@ -133,30 +109,12 @@ def backward_dkdv_kernel(
     kept_lse_ptr,  # (B, Hq, padded_rows(Tq)) contiguous, as kept_delta
     kept_delta_ptr,
     seed_ptr,
-    stride_qb,
-    stride_qh,
-    stride_qt,
-    stride_qd,
-    stride_kb,
-    stride_kh,
-    stride_kt,
-    stride_kd,
-    stride_vb,
-    stride_vh,
-    stride_vt,
-    stride_vd,
-    stride_dob,
-    stride_doh,
-    stride_dot,
-    stride_dod,
-    stride_dkb,
-    stride_dkh,
-    stride_dkt,
-    stride_dkd,
-    stride_dvb,
-    stride_dvh,
-    stride_dvt,
-    stride_dvd,
+    q_strides,
+    k_strides,
+    v_strides,
+    dout_strides,
+    dk_strides,
+    dv_strides,
     heads,
     group,
     tq,
@@ -178,38 +136,32 @@ def backward_dkdv_kernel(
     RAGGED: tl.constexpr,
 ):
     """dk and dv. Grid: (cdiv(tk, BLOCK_N) * B * Hkv,)."""
-    stride_qb, stride_qh, stride_qt = aligned(stride_qb, stride_qh, stride_qt, ALIGN)
-    stride_kb, stride_kh, stride_kt = aligned(stride_kb, stride_kh, stride_kt, ALIGN)
-    stride_vb, stride_vh, stride_vt = aligned(stride_vb, stride_vh, stride_vt, ALIGN)
-    stride_dob, stride_doh, stride_dot = aligned(stride_dob, stride_doh, stride_dot, ALIGN)
-    stride_dkb, stride_dkh, stride_dkt = aligned(stride_dkb, stride_dkh, stride_dkt, ALIGN)
-    stride_dvb, stride_dvh, stride_dvt = aligned(stride_dvb, stride_dvh, stride_dvt, ALIGN)
     blocks = tl.cdiv(tk, BLOCK_N)
     start_n = tl.program_id(0) % blocks * BLOCK_N  # the keys that most rows see first
     kv_heads = heads // group
     batch = tl.program_id(0) // blocks // kv_heads
     kv_head = tl.program_id(0) // blocks % kv_heads
-    k_head = head_pointer(k_ptr, batch, kv_head, stride_kb, stride_kh)
-    v_head = head_pointer(v_ptr, batch, kv_head, stride_vb, stride_vh)
-    k = load_tile(k_head, start_n, stride_kt, stride_kd, tk, BLOCK_N, HEAD_DIM, BLOCK_D, True)
-    v = load_tile(v_head, start_n, stride_vt, stride_vd, tk, BLOCK_N, HEAD_DIM, BLOCK_D, True)
+    k_head = head_of(k_ptr, k_strides, batch, kv_head, ALIGN)
+    v_head = head_of(v_ptr, v_strides, batch, kv_head, ALIGN)
+    k = load_tile(k_head, start_n, tk, BLOCK_N, HEAD_DIM, BLOCK_D, True)
+    v = load_tile(v_head, start_n, tk, BLOCK_N, HEAD_DIM, BLOCK_D, True)
     dk = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32)
     dv = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32)
     for member in range(group):
         head = kv_head * group + member
-        q_head = head_pointer(q_ptr, batch, head, stride_qb, stride_qh)
-        dout_head = head_pointer(dout_ptr, batch, head, stride_dob, stride_doh)
+        q_head = head_of(q_ptr, q_strides, batch, head, ALIGN)
+        dout_head = head_of(dout_ptr, dout_strides, batch, head, ALIGN)
         before = (tl.cast(batch, tl.int64) * heads + head) * padded_rows(tq)
         dk, dv = dkdv_of_block(
             dk, dv, k, v, q_head, dout_head, dout_head, kept_lse_ptr + before, kept_delta_ptr + before, kept_lse_ptr,
-            seed_ptr, batch, head, start_n, stride_qt, stride_qd, stride_dot, stride_dod, stride_dot, stride_dod,
-            tq, tk, exponent(tl.abs(scale), k), threshold, keep_scale, window, softcap,
+            (seed_ptr, batch, head, threshold), start_n, tq, tk,
+            exponent(tl.abs(scale), k), keep_scale, window, softcap,
             HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, CAUSAL, NEGATE, DROPOUT, PRECISION, RAGGED, False, False,
         )  # fmt: skip
-    dk_head = head_pointer(dk_ptr, batch, kv_head, stride_dkb, stride_dkh)
-    dv_head = head_pointer(dv_ptr, batch, kv_head, stride_dvb, stride_dvh)
-    store_tile(dk_head, dk * tl.abs(scale), start_n, stride_dkt, stride_dkd, tk, BLOCK_N, HEAD_DIM, BLOCK_D)
-    store_tile(dv_head, dv * keep_scale, start_n, stride_dvt, stride_dvd, tk, BLOCK_N, HEAD_DIM, BLOCK_D)
+    dk_head = head_of(dk_ptr, dk_strides, batch, kv_head, ALIGN)
+    dv_head = head_of(dv_ptr, dv_strides, batch, kv_head, ALIGN)
+    store_tile(dk_head, dk * tl.abs(scale), start_n, tk, BLOCK_N, HEAD_DIM, BLOCK_D)
+    store_tile(dv_head, dv * keep_scale, start_n, tk, BLOCK_N, HEAD_DIM, BLOCK_D)
 
 
 def backward(
@@ -245,12 +197,12 @@ def backward(
         kept_delta,
         lse if dlse is None else dlse,
         arguments.seed,
-        *q.stride(),
-        *k.stride(),
-        *v.stride(),
-        *out.stride(),
-        *dout.stride(),
-        *dq.stride(),
+        q.stride(),
+        k.stride(),
+        v.stride(),
+        out.stride(),
+        dout.stride(),
+        dq.stride(),
         *arguments.scalars,
         **arguments.variant,
         **arguments.constants,
@@ -268,12 +220,12 @@ def backward(
         kept_lse,
         kept_delta,
         arguments.seed,
-        *q.stride(),
-        *k.stride(),
-        *v.stride(),
-        *dout.stride(),
-        *dk.stride(),
-        *dv.stride(),
+        q.stride(),
+        k.stride(),
+        v.stride(),
+        dout.stride(),
+        dk.stride(),
+        dv.stride(),
         *arguments.scalars,
         **arguments.variant,
         **arguments.constants,

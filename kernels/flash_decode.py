@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from .launch import LaunchArguments, alignment
-from .tiles import LN2, aligned, exponent, exponential, head_pointer, load_tile, natural, tanh_of_scores
+from .tiles import LN2, aligned, exponent, exponential, head_of, load_tile, natural, tanh_of_scores
 from .tuning import Config
 
 __all__ = ["MAX_ROWS", "decode_merge_kernel", "decode_split_kernel", "forward", "splits"]
@@ -28,18 +28,9 @@ def decode_split_kernel(
     v_ptr,
     part_ptr,  # (B, Hkv, group * Tq, splits, D) contiguous, fp32
     part_lse_ptr,  # (B, Hkv, group * Tq, splits)
-    stride_qb,
-    stride_qh,
-    stride_qt,
-    stride_qd,
-    stride_kb,
-    stride_kh,
-    stride_kt,
-    stride_kd,
-    stride_vb,
-    stride_vh,
-    stride_vt,
-    stride_vd,
+    q_strides,
+    k_strides,
+    v_strides,
     stretch,  # keys a program, a multiple of BLOCK_N
     heads,
     group,
@@ -61,9 +52,6 @@ def decode_split_kernel(
     ALIGN: tl.constexpr,
 ):
     """Grid: (splits * B * Hkv,); group * tq <= BLOCK_M; no dropout."""
-    stride_qb, stride_qh, stride_qt = aligned(stride_qb, stride_qh, stride_qt, ALIGN)
-    stride_kb, stride_kh, stride_kt = aligned(stride_kb, stride_kh, stride_kt, ALIGN)
-    stride_vb, stride_vh, stride_vt = aligned(stride_vb, stride_vh, stride_vt, ALIGN)
     tl.static_assert(not DROPOUT, "decoding has no dropout")
     pieces = tl.cdiv(tk, stretch)
     piece = tl.program_id(0) % pieces
@@ -71,13 +59,14 @@ def decode_split_kernel(
     kv_heads = heads // group
     batch = batch_head // kv_heads
     kv_head = batch_head % kv_heads
-    k_head = head_pointer(k_ptr, batch, kv_head, stride_kb, stride_kh)
-    v_head = head_pointer(v_ptr, batch, kv_head, stride_vb, stride_vh)
+    k_head = head_of(k_ptr, k_strides, batch, kv_head, ALIGN)
+    v_head = head_of(v_ptr, v_strides, batch, kv_head, ALIGN)
 
     rows = tl.arange(0, BLOCK_M)
     columns = tl.arange(0, BLOCK_D)
     member, query = rows // tq, rows % tq
-    q_head = head_pointer(q_ptr, batch, kv_head * group, stride_qb, stride_qh)
+    _, stride_qh, _, _ = aligned(q_strides, ALIGN)
+    q_head, stride_qt, stride_qd = head_of(q_ptr, q_strides, batch, kv_head * group, ALIGN)
     q_rows = q_head + (member.to(tl.int64) * stride_qh + query.to(tl.int64) * stride_qt)[:, None]
     mask_q = (rows < group * tq)[:, None] & (columns < HEAD_DIM)[None, :]
     q = tl.load(q_rows + columns.to(tl.int64)[None, :] * stride_qd, mask=mask_q, other=0.0)  # [BLOCK_M, BLOCK_D]
@@ -93,7 +82,7 @@ def decode_split_kernel(
     top = tl.full((BLOCK_M,), float("-inf"), dtype=tl.float32)
     total = tl.zeros((BLOCK_M,), dtype=tl.float32)
     for n in range(piece * stretch, tl.minimum(tk, (piece + 1) * stretch), BLOCK_N):
-        k = load_tile(k_head, n, stride_kt, stride_kd, tk, BLOCK_N, HEAD_DIM, BLOCK_D, True)
+        k = load_tile(k_head, n, tk, BLOCK_N, HEAD_DIM, BLOCK_D, True)
         if softcap is None:
             scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * to_exponent  # [BLOCK_M, BLOCK_N]
         else:
@@ -108,7 +97,7 @@ def decode_split_kernel(
         p = exponential(scores - shown[:, None], q)
         decay = exponential(top - shown, q)
         total = total * decay + tl.sum(p, 1)
-        v = load_tile(v_head, n, stride_vt, stride_vd, tk, BLOCK_N, HEAD_DIM, BLOCK_D, True)
+        v = load_tile(v_head, n, tk, BLOCK_N, HEAD_DIM, BLOCK_D, True)
         acc = tl.dot(p.to(v.dtype), v, acc * decay[:, None], input_precision=PRECISION)
         top = new_top
 
@@ -127,10 +116,7 @@ def decode_merge_kernel(
     part_lse_ptr,
     out_ptr,
     lse_ptr,  # (B, Hq, Tq) contiguous
-    stride_ob,
-    stride_oh,
-    stride_ot,
-    stride_od,
+    out_strides,
     pieces,
     heads,
     tq,
@@ -165,7 +151,8 @@ def decode_merge_kernel(
         acc = acc * decay + tl.sum(weights[:, None] * parts, 0)
         top = new_top
     safe_total = tl.where(total == 0.0, 1.0, total)
-    out_row = head_pointer(out_ptr, batch, head, stride_ob, stride_oh) + tl.cast(query, tl.int64) * stride_ot
+    out_head, stride_ot, stride_od = head_of(out_ptr, out_strides, batch, head, 1)
+    out_row = out_head + tl.cast(query, tl.int64) * stride_ot
     out = (acc / safe_total).to(out_ptr.dtype.element_ty)
     tl.store(out_row + columns.to(tl.int64) * stride_od, out, mask=columns < HEAD_DIM)
     tl.store(lse_ptr + row, tl.where(total == 0.0, float("-inf"), top + tl.log(safe_total)))
@@ -207,9 +194,9 @@ def forward(
         v,
         part,
         part_lse,
-        *q.stride(),
-        *k.stride(),
-        *v.stride(),
+        q.stride(),
+        k.stride(),
+        v.stride(),
         stretch,
         *arguments.scalars,
         **arguments.variant,
@@ -219,5 +206,5 @@ def forward(
     )
     constants = {name: arguments.constants[name] for name in ("HEAD_DIM", "BLOCK_D")}
     decode_merge_kernel[(batch * heads * tq,)](
-        part, part_lse, out, lse, *out.stride(), pieces, heads, tq, **constants, BLOCK_S=16, num_warps=1, num_stages=1
+        part, part_lse, out, lse, out.stride(), pieces, heads, tq, **constants, BLOCK_S=16, num_warps=1, num_stages=1
     )

@@ -16,11 +16,10 @@ from .launch import LaunchArguments, alignment
 from .philox_tile import keep_tile
 from .tiles import (
     LN2,
-    aligned,
     causal_mask,
     exponent,
     exponential,
-    head_pointer,
+    head_of,
     load_tile,
     natural,
     store_tile,
@@ -41,19 +40,12 @@ def _forward_step(
     q,  # [BLOCK_M, BLOCK_D]
     k_head,
     v_head,
-    seed_ptr,
-    batch,
-    head,
+    dropout,  # as keep_tile takes it
     start_m,
     n,
-    stride_kt,
-    stride_kd,
-    stride_vt,
-    stride_vd,
     tq,
     tk,
     scale,  # by which scores become exponents, not 0: a mask's -inf is multiplied by it
-    threshold,
     window,
     softcap,
     HEAD_DIM: tl.constexpr,
@@ -66,7 +58,7 @@ def _forward_step(
     PRECISION: tl.constexpr,
 ):
     """One block of keys, n .. n + BLOCK_N."""
-    k = load_tile(k_head, n, stride_kt, stride_kd, tk, BLOCK_N, HEAD_DIM, BLOCK_D, MASKED)
+    k = load_tile(k_head, n, tk, BLOCK_N, HEAD_DIM, BLOCK_D, MASKED)
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
     if softcap is not None:
         scores = tanh_of_scores(scores, scale, softcap, q)
@@ -87,8 +79,8 @@ def _forward_step(
     decay = exponential(top - shown, q)
     total = total * decay + tl.sum(p, 1)
     if DROPOUT:
-        p = tl.where(keep_tile(seed_ptr, batch, head, start_m, n, threshold, BLOCK_M, BLOCK_N), p, 0.0)
-    v = load_tile(v_head, n, stride_vt, stride_vd, tk, BLOCK_N, HEAD_DIM, BLOCK_D, MASKED)
+        p = tl.where(keep_tile(dropout, start_m, n, BLOCK_M, BLOCK_N), p, 0.0)
+    v = load_tile(v_head, n, tk, BLOCK_N, HEAD_DIM, BLOCK_D, MASKED)
     acc = tl.dot(p.to(v.dtype), v, acc * decay[:, None], input_precision=PRECISION)
     return waited_for(acc), new_top, total
 
@@ -101,22 +93,10 @@ def attention_forward_kernel(
     out_ptr,
     lse_ptr,  # (B, Hq, Tq) contiguous
     seed_ptr,
-    stride_qb,
-    stride_qh,
-    stride_qt,
-    stride_qd,
-    stride_kb,
-    stride_kh,
-    stride_kt,
-    stride_kd,
-    stride_vb,
-    stride_vh,
-    stride_vt,
-    stride_vd,
-    stride_ob,
-    stride_oh,
-    stride_ot,
-    stride_od,
+    q_strides,  # of (B, H, T, D), as the others
+    k_strides,
+    v_strides,
+    out_strides,
     heads,
     group,
     tq,
@@ -137,20 +117,18 @@ def attention_forward_kernel(
     ALIGN: tl.constexpr,
 ):
     """Grid: (cdiv(tq, BLOCK_M) * B * Hq,); NEGATE where scale is negative: q is negated, and |scale| used."""
-    stride_qb, stride_qh, stride_qt = aligned(stride_qb, stride_qh, stride_qt, ALIGN)
-    stride_kb, stride_kh, stride_kt = aligned(stride_kb, stride_kh, stride_kt, ALIGN)
-    stride_vb, stride_vh, stride_vt = aligned(stride_vb, stride_vh, stride_vt, ALIGN)
-    stride_ob, stride_oh, stride_ot = aligned(stride_ob, stride_oh, stride_ot, ALIGN)
     blocks = tl.cdiv(tq, BLOCK_M)
     start_m = (blocks - 1 - tl.program_id(0) % blocks) * BLOCK_M  # the longest rows first
     batch_head = tl.program_id(0) // blocks
     batch = batch_head // heads
     head = batch_head % heads
-    k_head = head_pointer(k_ptr, batch, head // group, stride_kb, stride_kh)
-    v_head = head_pointer(v_ptr, batch, head // group, stride_vb, stride_vh)
+    q_head = head_of(q_ptr, q_strides, batch, head, ALIGN)
+    k_head = head_of(k_ptr, k_strides, batch, head // group, ALIGN)
+    v_head = head_of(v_ptr, v_strides, batch, head // group, ALIGN)
+    out_head = head_of(out_ptr, out_strides, batch, head, ALIGN)
+    dropout = (seed_ptr, batch, head, threshold)
 
-    q_head = head_pointer(q_ptr, batch, head, stride_qb, stride_qh)
-    q = load_tile(q_head, start_m, stride_qt, stride_qd, tq, BLOCK_M, HEAD_DIM, BLOCK_D, True)
+    q = load_tile(q_head, start_m, tq, BLOCK_M, HEAD_DIM, BLOCK_D, True)
     if NEGATE:
         q = -q
     to_exponent = exponent(tl.abs(scale), q)
@@ -172,30 +150,26 @@ def attention_forward_kernel(
         inside = tl.minimum(inside, tl.maximum(0, end))
         for n in range(begin, inside, BLOCK_N):
             acc, top, total = _forward_step(
-                acc, top, total, q, k_head, v_head, seed_ptr, batch, head, start_m, n,
-                stride_kt, stride_kd, stride_vt, stride_vd, tq, tk, to_exponent, threshold, window, softcap,
+                acc, top, total, q, k_head, v_head, dropout, start_m, n, tq, tk, to_exponent, window, softcap,
                 HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, CAUSAL, True, DROPOUT, PRECISION,
             )  # fmt: skip
         begin = inside
         full = tl.maximum(inside, full)
     for n in range(begin, full, BLOCK_N):
         acc, top, total = _forward_step(
-            acc, top, total, q, k_head, v_head, seed_ptr, batch, head, start_m, n,
-            stride_kt, stride_kd, stride_vt, stride_vd, tq, tk, to_exponent, threshold, window, softcap,
+            acc, top, total, q, k_head, v_head, dropout, start_m, n, tq, tk, to_exponent, window, softcap,
             HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, CAUSAL, False, DROPOUT, PRECISION,
         )  # fmt: skip
     for n in range(full, end, BLOCK_N):
         acc, top, total = _forward_step(
-            acc, top, total, q, k_head, v_head, seed_ptr, batch, head, start_m, n,
-            stride_kt, stride_kd, stride_vt, stride_vd, tq, tk, to_exponent, threshold, window, softcap,
+            acc, top, total, q, k_head, v_head, dropout, start_m, n, tq, tk, to_exponent, window, softcap,
             HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, CAUSAL, True, DROPOUT, PRECISION,
         )  # fmt: skip
 
     blind = total == 0.0  # rows that see nothing: out 0, lse -inf
     safe_total = tl.where(blind, 1.0, total)
     out = acc * (keep_scale / safe_total)[:, None]
-    out_head = head_pointer(out_ptr, batch, head, stride_ob, stride_oh)
-    store_tile(out_head, out, start_m, stride_ot, stride_od, tq, BLOCK_M, HEAD_DIM, BLOCK_D)
+    store_tile(out_head, out, start_m, tq, BLOCK_M, HEAD_DIM, BLOCK_D)
     lse = tl.where(blind, float("-inf"), natural(top, q) + tl.log2(safe_total) * LN2)
     rows = tl.arange(0, BLOCK_M)
     lse_head = lse_ptr + tl.cast(batch_head, tl.int64) * tq
@@ -221,10 +195,10 @@ def forward(
         out,
         lse,
         arguments.seed,
-        *q.stride(),
-        *k.stride(),
-        *v.stride(),
-        *out.stride(),
+        q.stride(),
+        k.stride(),
+        v.stride(),
+        out.stride(),
         *arguments.scalars,
         **arguments.variant,
         **arguments.constants,

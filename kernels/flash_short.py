@@ -17,7 +17,7 @@ import triton.language as tl
 from .backward_steps import delta_of_rows, dkdv_of_block, dq_of_block, lse_of_rows
 from .launch import LaunchArguments, alignment
 from .philox_tile import keep_tile
-from .tiles import aligned, causal_mask, exponent, exponential, head_pointer, load_rows, load_tile, store_tile
+from .tiles import causal_mask, exponent, exponential, head_of, load_rows, load_tile, store_tile
 from .tuning import Config
 
 __all__ = ["backward", "backward_blocks_kernel", "backward_tile_kernel"]
@@ -34,34 +34,13 @@ def backward_tile_kernel(
     dv_ptr,
     dlse_ptr,  # (B, Hq, Tq) contiguous
     seed_ptr,
-    stride_qb,
-    stride_qh,
-    stride_qt,
-    stride_qd,
-    stride_kb,
-    stride_kh,
-    stride_kt,
-    stride_kd,
-    stride_vb,
-    stride_vh,
-    stride_vt,
-    stride_vd,
-    stride_dob,
-    stride_doh,
-    stride_dot,
-    stride_dod,
-    stride_dqb,
-    stride_dqh,
-    stride_dqt,
-    stride_dqd,
-    stride_dkb,
-    stride_dkh,
-    stride_dkt,
-    stride_dkd,
-    stride_dvb,
-    stride_dvh,
-    stride_dvt,
-    stride_dvd,
+    q_strides,
+    k_strides,
+    v_strides,
+    dout_strides,
+    dq_strides,
+    dk_strides,
+    dv_strides,
     heads,
     group,
     tq,
@@ -81,26 +60,19 @@ def backward_tile_kernel(
     HAS_DLSE: tl.constexpr,
 ):
     """Grid: (B * Hkv,), for tq <= BLOCK_M and tk <= BLOCK_N."""
-    stride_qb, stride_qh, stride_qt = aligned(stride_qb, stride_qh, stride_qt, ALIGN)
-    stride_kb, stride_kh, stride_kt = aligned(stride_kb, stride_kh, stride_kt, ALIGN)
-    stride_vb, stride_vh, stride_vt = aligned(stride_vb, stride_vh, stride_vt, ALIGN)
-    stride_dob, stride_doh, stride_dot = aligned(stride_dob, stride_doh, stride_dot, ALIGN)
-    stride_dqb, stride_dqh, stride_dqt = aligned(stride_dqb, stride_dqh, stride_dqt, ALIGN)
-    stride_dkb, stride_dkh, stride_dkt = aligned(stride_dkb, stride_dkh, stride_dkt, ALIGN)
-    stride_dvb, stride_dvh, stride_dvt = aligned(stride_dvb, stride_dvh, stride_dvt, ALIGN)
     kv_heads = heads // group
     batch = tl.program_id(0) // kv_heads
     kv_head = tl.program_id(0) % kv_heads
-    k_head = head_pointer(k_ptr, batch, kv_head, stride_kb, stride_kh)
-    v_head = head_pointer(v_ptr, batch, kv_head, stride_vb, stride_vh)
-    k = load_tile(k_head, 0, stride_kt, stride_kd, tk, BLOCK_N, HEAD_DIM, BLOCK_D, True)
-    v = load_tile(v_head, 0, stride_vt, stride_vd, tk, BLOCK_N, HEAD_DIM, BLOCK_D, True)
+    k_head = head_of(k_ptr, k_strides, batch, kv_head, ALIGN)
+    v_head = head_of(v_ptr, v_strides, batch, kv_head, ALIGN)
+    k = load_tile(k_head, 0, tk, BLOCK_N, HEAD_DIM, BLOCK_D, True)
+    v = load_tile(v_head, 0, tk, BLOCK_N, HEAD_DIM, BLOCK_D, True)
     dk = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32)
     dv = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32)
     for member in range(group):
         head = kv_head * group + member
-        q_head = head_pointer(q_ptr, batch, head, stride_qb, stride_qh)
-        q = load_tile(q_head, 0, stride_qt, stride_qd, tq, BLOCK_M, HEAD_DIM, BLOCK_D, True)
+        q_head = head_of(q_ptr, q_strides, batch, head, ALIGN)
+        q = load_tile(q_head, 0, tq, BLOCK_M, HEAD_DIM, BLOCK_D, True)
         if NEGATE:
             q = -q
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
@@ -113,11 +85,11 @@ def backward_tile_kernel(
         total = tl.sum(p, 1)
         p = p / tl.where(total == 0.0, 1.0, total)[:, None]
 
-        dout_head = head_pointer(dout_ptr, batch, head, stride_dob, stride_doh)
-        dout = load_tile(dout_head, 0, stride_dot, stride_dod, tq, BLOCK_M, HEAD_DIM, BLOCK_D, True)
+        dout_head = head_of(dout_ptr, dout_strides, batch, head, ALIGN)
+        dout = load_tile(dout_head, 0, tq, BLOCK_M, HEAD_DIM, BLOCK_D, True)
         dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
         if DROPOUT:
-            keep = keep_tile(seed_ptr, batch, head, 0, 0, threshold, BLOCK_M, BLOCK_N)
+            keep = keep_tile((seed_ptr, batch, head, threshold), 0, 0, BLOCK_M, BLOCK_N)
             dropped = tl.where(keep, p, 0.0)
             dp = tl.where(keep, dp * keep_scale, 0.0)
             dv = tl.dot(tl.trans(dropped.to(dout.dtype)), dout, dv, input_precision=PRECISION)
@@ -130,12 +102,12 @@ def backward_tile_kernel(
         ds = (p * (dp - delta[:, None])).to(q.dtype)
         dk = tl.dot(tl.trans(ds), q, dk, input_precision=PRECISION)
         dq = tl.dot(ds, k, input_precision=PRECISION)
-        dq_head = head_pointer(dq_ptr, batch, head, stride_dqb, stride_dqh)
-        store_tile(dq_head, dq * scale, 0, stride_dqt, stride_dqd, tq, BLOCK_M, HEAD_DIM, BLOCK_D)
-    dk_head = head_pointer(dk_ptr, batch, kv_head, stride_dkb, stride_dkh)
-    dv_head = head_pointer(dv_ptr, batch, kv_head, stride_dvb, stride_dvh)
-    store_tile(dk_head, dk * tl.abs(scale), 0, stride_dkt, stride_dkd, tk, BLOCK_N, HEAD_DIM, BLOCK_D)
-    store_tile(dv_head, dv * keep_scale, 0, stride_dvt, stride_dvd, tk, BLOCK_N, HEAD_DIM, BLOCK_D)
+        dq_head = head_of(dq_ptr, dq_strides, batch, head, ALIGN)
+        store_tile(dq_head, dq * scale, 0, tq, BLOCK_M, HEAD_DIM, BLOCK_D)
+    dk_head = head_of(dk_ptr, dk_strides, batch, kv_head, ALIGN)
+    dv_head = head_of(dv_ptr, dv_strides, batch, kv_head, ALIGN)
+    store_tile(dk_head, dk * tl.abs(scale), 0, tk, BLOCK_N, HEAD_DIM, BLOCK_D)
+    store_tile(dv_head, dv * keep_scale, 0, tk, BLOCK_N, HEAD_DIM, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=["tq", "tk", "threshold"])
@@ -151,38 +123,14 @@ def backward_blocks_kernel(
     lse_ptr,  # (B, Hq, Tq) contiguous, as dlse
     dlse_ptr,
     seed_ptr,
-    stride_qb,
-    stride_qh,
-    stride_qt,
-    stride_qd,
-    stride_kb,
-    stride_kh,
-    stride_kt,
-    stride_kd,
-    stride_vb,
-    stride_vh,
-    stride_vt,
-    stride_vd,
-    stride_ob,
-    stride_oh,
-    stride_ot,
-    stride_od,
-    stride_dob,
-    stride_doh,
-    stride_dot,
-    stride_dod,
-    stride_dqb,
-    stride_dqh,
-    stride_dqt,
-    stride_dqd,
-    stride_dkb,
-    stride_dkh,
-    stride_dkt,
-    stride_dkd,
-    stride_dvb,
-    stride_dvh,
-    stride_dvt,
-    stride_dvd,
+    q_strides,
+    k_strides,
+    v_strides,
+    out_strides,
+    dout_strides,
+    dq_strides,
+    dk_strides,
+    dv_strides,
     heads,
     group,
     tq,
@@ -203,25 +151,17 @@ def backward_blocks_kernel(
     HAS_DLSE: tl.constexpr,
 ):
     """Grid: (cdiv(max(tq, tk), BLOCK_N) * B * Hkv,)."""
-    stride_qb, stride_qh, stride_qt = aligned(stride_qb, stride_qh, stride_qt, ALIGN)
-    stride_kb, stride_kh, stride_kt = aligned(stride_kb, stride_kh, stride_kt, ALIGN)
-    stride_vb, stride_vh, stride_vt = aligned(stride_vb, stride_vh, stride_vt, ALIGN)
-    stride_ob, stride_oh, stride_ot = aligned(stride_ob, stride_oh, stride_ot, ALIGN)
-    stride_dob, stride_doh, stride_dot = aligned(stride_dob, stride_doh, stride_dot, ALIGN)
-    stride_dqb, stride_dqh, stride_dqt = aligned(stride_dqb, stride_dqh, stride_dqt, ALIGN)
-    stride_dkb, stride_dkh, stride_dkt = aligned(stride_dkb, stride_dkh, stride_dkt, ALIGN)
-    stride_dvb, stride_dvh, stride_dvt = aligned(stride_dvb, stride_dvh, stride_dvt, ALIGN)
     blocks = tl.cdiv(tl.maximum(tq, tk), BLOCK_N)
     start = tl.program_id(0) % blocks * BLOCK_N
     kv_heads = heads // group
     batch = tl.program_id(0) // blocks // kv_heads
     kv_head = tl.program_id(0) // blocks % kv_heads
-    k_head = head_pointer(k_ptr, batch, kv_head, stride_kb, stride_kh)
-    v_head = head_pointer(v_ptr, batch, kv_head, stride_vb, stride_vh)
+    k_head = head_of(k_ptr, k_strides, batch, kv_head, ALIGN)
+    v_head = head_of(v_ptr, v_strides, batch, kv_head, ALIGN)
 
     if start < tk:
-        k = load_tile(k_head, start, stride_kt, stride_kd, tk, BLOCK_N, HEAD_DIM, BLOCK_D, True)
-        v = load_tile(v_head, start, stride_vt, stride_vd, tk, BLOCK_N, HEAD_DIM, BLOCK_D, True)
+        k = load_tile(k_head, start, tk, BLOCK_N, HEAD_DIM, BLOCK_D, True)
+        v = load_tile(v_head, start, tk, BLOCK_N, HEAD_DIM, BLOCK_D, True)
         dk = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32)
         dv = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32)
         for member in range(group):
@@ -229,40 +169,39 @@ def backward_blocks_kernel(
             rows_before = (tl.cast(batch, tl.int64) * heads + head) * tq
             dk, dv = dkdv_of_block(
                 dk, dv, k, v,
-                head_pointer(q_ptr, batch, head, stride_qb, stride_qh),
-                head_pointer(dout_ptr, batch, head, stride_dob, stride_doh),
-                head_pointer(out_ptr, batch, head, stride_ob, stride_oh),
-                lse_ptr + rows_before, lse_ptr, dlse_ptr + rows_before, seed_ptr, batch, head, start,
-                stride_qt, stride_qd, stride_dot, stride_dod, stride_ot, stride_od,
-                tq, tk, exponent(tl.abs(scale), k), threshold, keep_scale, None, None,
+                head_of(q_ptr, q_strides, batch, head, ALIGN),
+                head_of(dout_ptr, dout_strides, batch, head, ALIGN),
+                head_of(out_ptr, out_strides, batch, head, ALIGN),
+                lse_ptr + rows_before, lse_ptr, dlse_ptr + rows_before, (seed_ptr, batch, head, threshold), start,
+                tq, tk, exponent(tl.abs(scale), k), keep_scale, None, None,
                 HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, CAUSAL, NEGATE, DROPOUT, PRECISION, RAGGED, True, HAS_DLSE,
             )  # fmt: skip
-        dk_head = head_pointer(dk_ptr, batch, kv_head, stride_dkb, stride_dkh)
-        dv_head = head_pointer(dv_ptr, batch, kv_head, stride_dvb, stride_dvh)
-        store_tile(dk_head, dk * tl.abs(scale), start, stride_dkt, stride_dkd, tk, BLOCK_N, HEAD_DIM, BLOCK_D)
-        store_tile(dv_head, dv * keep_scale, start, stride_dvt, stride_dvd, tk, BLOCK_N, HEAD_DIM, BLOCK_D)
+        dk_head = head_of(dk_ptr, dk_strides, batch, kv_head, ALIGN)
+        dv_head = head_of(dv_ptr, dv_strides, batch, kv_head, ALIGN)
+        store_tile(dk_head, dk * tl.abs(scale), start, tk, BLOCK_N, HEAD_DIM, BLOCK_D)
+        store_tile(dv_head, dv * keep_scale, start, tk, BLOCK_N, HEAD_DIM, BLOCK_D)
 
     if start < tq:
         for member in range(group):
             head_q = kv_head * group + member
             rows = (tl.cast(batch, tl.int64) * heads + head_q) * tq
-            q_head = head_pointer(q_ptr, batch, head_q, stride_qb, stride_qh)
-            out_head = head_pointer(out_ptr, batch, head_q, stride_ob, stride_oh)
-            dout_head = head_pointer(dout_ptr, batch, head_q, stride_dob, stride_doh)
-            q = load_tile(q_head, start, stride_qt, stride_qd, tq, BLOCK_N, HEAD_DIM, BLOCK_D, True)
+            q_head = head_of(q_ptr, q_strides, batch, head_q, ALIGN)
+            out_head = head_of(out_ptr, out_strides, batch, head_q, ALIGN)
+            dout_head = head_of(dout_ptr, dout_strides, batch, head_q, ALIGN)
+            q = load_tile(q_head, start, tq, BLOCK_N, HEAD_DIM, BLOCK_D, True)
             if NEGATE:
                 q = -q
-            out = load_tile(out_head, start, stride_ot, stride_od, tq, BLOCK_N, HEAD_DIM, BLOCK_D, True)
-            dout = load_tile(dout_head, start, stride_dot, stride_dod, tq, BLOCK_N, HEAD_DIM, BLOCK_D, True)
+            out = load_tile(out_head, start, tq, BLOCK_N, HEAD_DIM, BLOCK_D, True)
+            dout = load_tile(dout_head, start, tq, BLOCK_N, HEAD_DIM, BLOCK_D, True)
             delta = delta_of_rows(out, dout, dlse_ptr + rows, start, tq, BLOCK_N, HAS_DLSE)
             lse = lse_of_rows(lse_ptr + rows, start, tq, q, BLOCK_N)
             dq = dq_of_block(
-                q, dout, lse, delta, k_head, v_head, seed_ptr, batch, head_q, start,
-                stride_kt, stride_kd, stride_vt, stride_vd, tq, tk, exponent(tl.abs(scale), q), threshold, keep_scale,
-                None, None, HEAD_DIM, BLOCK_D, BLOCK_N, BLOCK_M, CAUSAL, DROPOUT, PRECISION,
+                q, dout, lse, delta, k_head, v_head, (seed_ptr, batch, head_q, threshold), start,
+                tq, tk, exponent(tl.abs(scale), q), keep_scale, None, None,
+                HEAD_DIM, BLOCK_D, BLOCK_N, BLOCK_M, CAUSAL, DROPOUT, PRECISION,
             )  # fmt: skip
-            dq_head = head_pointer(dq_ptr, batch, head_q, stride_dqb, stride_dqh)
-            store_tile(dq_head, dq * scale, start, stride_dqt, stride_dqd, tq, BLOCK_N, HEAD_DIM, BLOCK_D)
+            dq_head = head_of(dq_ptr, dq_strides, batch, head_q, ALIGN)
+            store_tile(dq_head, dq * scale, start, tq, BLOCK_N, HEAD_DIM, BLOCK_D)
 
 
 def backward(
@@ -304,13 +243,13 @@ def backward(
             dv,
             q if dlse is None else dlse,
             arguments.seed,
-            *q.stride(),
-            *k.stride(),
-            *v.stride(),
-            *dout.stride(),
-            *dq.stride(),
-            *dk.stride(),
-            *dv.stride(),
+            q.stride(),
+            k.stride(),
+            v.stride(),
+            dout.stride(),
+            dq.stride(),
+            dk.stride(),
+            dv.stride(),
             *arguments.scalars,
             **flags,
         )
@@ -327,14 +266,14 @@ def backward(
         lse,
         lse if dlse is None else dlse,
         arguments.seed,
-        *q.stride(),
-        *k.stride(),
-        *v.stride(),
-        *out.stride(),
-        *dout.stride(),
-        *dq.stride(),
-        *dk.stride(),
-        *dv.stride(),
+        q.stride(),
+        k.stride(),
+        v.stride(),
+        out.stride(),
+        dout.stride(),
+        dq.stride(),
+        dk.stride(),
+        dv.stride(),
         *arguments.scalars,
         RAGGED=tq % config.block_m != 0,
         **flags,

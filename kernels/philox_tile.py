@@ -15,12 +15,15 @@ WEYL_A, WEYL_B = tl.constexpr(philox.WEYL_A), tl.constexpr(philox.WEYL_B)
 
 
 @triton.jit
-def keep_tile(seed_ptr, batch, head, first_row, first_column, threshold, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+def keep_tile(dropout, first_row, first_column, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """Which weights of a tile of scores are kept, bool [BLOCK_M, BLOCK_N]; it begins at multiples of 16.
+
+    `dropout` is what else decides: (seed_ptr, batch, head, threshold).
 
     Everything is elementwise between broadcasts, so the compiler computes it in whatever layout the scores have: no
     draw goes through shared memory, and where a layout splits the eight draws of a call, each holder makes the call.
     """
+    seed_ptr, batch, head, threshold = dropout
     seed = tl.load(seed_ptr).to(tl.uint64, bitcast=True)
     key_a = (seed & 0xFFFFFFFF).to(tl.uint32)
     key_b = (seed >> 32).to(tl.uint32)

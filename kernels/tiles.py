@@ -16,7 +16,7 @@ __all__ = [
     "causal_mask",
     "exponent",
     "exponential",
-    "head_pointer",
+    "head_of",
     "load_rows",
     "load_tile",
     "natural",
@@ -31,26 +31,30 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def aligned(stride_b, stride_h, stride_t, ALIGN: tl.constexpr):
-    """The strides as they are, which now show the compiler that ALIGN (launch.py) divides them."""
+def aligned(strides, ALIGN: tl.constexpr):
+    """The strides of a (B, H, T, D) tensor as they are; the compiler now sees that ALIGN (launch.py) divides them."""
+    stride_b, stride_h, stride_t, stride_d = strides
     if ALIGN == 1 or ALIGN == 16:
-        return stride_b, stride_h, stride_t
+        return stride_b, stride_h, stride_t, stride_d
     else:
         return (
             tl.cast(stride_b, tl.int64) // ALIGN * ALIGN,
             tl.cast(stride_h, tl.int64) // ALIGN * ALIGN,
             tl.cast(stride_t, tl.int64) // ALIGN * ALIGN,
+            stride_d,
         )
 
 
 @triton.jit
-def head_pointer(ptr, batch, head, stride_b, stride_h):
-    """The first element of one head of a (B, H, T, D) tensor."""
-    return ptr + tl.cast(batch, tl.int64) * stride_b + tl.cast(head, tl.int64) * stride_h
+def head_of(ptr, strides, batch, head, ALIGN: tl.constexpr):
+    """One head of a (B, H, T, D) tensor, for load_tile and store_tile: (first element, stride_t, stride_d)."""
+    stride_b, stride_h, stride_t, stride_d = aligned(strides, ALIGN)
+    return ptr + tl.cast(batch, tl.int64) * stride_b + tl.cast(head, tl.int64) * stride_h, stride_t, stride_d
 
 
 @triton.jit
-def _tile_pointers(ptr, start, stride_t, stride_d, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
+def _tile_pointers(head, start, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
+    ptr, stride_t, stride_d = head
     rows = tl.arange(0, BLOCK).to(tl.int64)
     columns = tl.arange(0, BLOCK_D).to(tl.int64)
     return ptr + tl.cast(start, tl.int64) * stride_t + (rows[:, None] * stride_t + columns[None, :] * stride_d)
@@ -58,21 +62,13 @@ def _tile_pointers(ptr, start, stride_t, stride_d, BLOCK: tl.constexpr, BLOCK_D:
 
 @triton.jit
 def load_tile(
-    ptr,
-    start,
-    stride_t,
-    stride_d,
-    length,
-    BLOCK: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    MASK_ROWS: tl.constexpr,
+    source, start, length, BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, MASK_ROWS: tl.constexpr
 ):
     """Rows start .. start + BLOCK of a head, [BLOCK, BLOCK_D]; zeros beyond `length` rows and HEAD_DIM columns.
 
     MASK_ROWS may be False only where start + BLOCK <= length.
     """
-    ptrs = _tile_pointers(ptr, start, stride_t, stride_d, BLOCK, BLOCK_D)
+    ptrs = _tile_pointers(source, start, BLOCK, BLOCK_D)
     mask_rows = (tl.arange(0, BLOCK) < length - start)[:, None]
     mask_columns = (tl.arange(0, BLOCK_D) < HEAD_DIM)[None, :]
     if MASK_ROWS:
@@ -88,14 +84,12 @@ def load_tile(
 
 
 @triton.jit
-def store_tile(
-    ptr, tile, start, stride_t, stride_d, length, BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr
-):
+def store_tile(target, tile, start, length, BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
     """Store [BLOCK, BLOCK_D] as rows start .. start + BLOCK of a head, what lies beyond it left out."""
-    ptrs = _tile_pointers(ptr, start, stride_t, stride_d, BLOCK, BLOCK_D)
+    ptrs = _tile_pointers(target, start, BLOCK, BLOCK_D)
     mask_rows = (tl.arange(0, BLOCK) < length - start)[:, None]
     mask_columns = (tl.arange(0, BLOCK_D) < HEAD_DIM)[None, :]
-    tl.store(ptrs, tile.to(ptr.dtype.element_ty), mask=mask_rows & mask_columns)
+    tl.store(ptrs, tile.to(target[0].dtype.element_ty), mask=mask_rows & mask_columns)
 
 
 @triton.jit

@@ -25,7 +25,7 @@ def loops_with_dots(ttir: str) -> int:
 def narrow_products(ttir: str) -> list[str]:
     """The 32-bit products (and sums) of a stride with something that has no small bound, as lines of IR.
 
-    A stride is a kernel argument whose name starts with `stride`, and whatever is computed from one. Without a small
+    A stride is a kernel argument with `stride` in its name, and whatever is computed from one. Without a small
     bound are program ids, loop variables and the other integer arguments. A row of a tile (`tl.arange`) times a stride
     may stay in 32 bits; a position in the sequence times a stride may not: it wraps past 2^31 elements.
     """
@@ -36,7 +36,7 @@ def narrow_products(ttir: str) -> list[str]:
         text = re.sub(r"\s*loc\(.*?\)+(?=[,) ]|$)", "", line).strip()
         if "tt.func" in text:
             for name in re.findall(r"(%\w+): i\d+", text):
-                (strides if name.startswith("%stride") else unbounded).add(name)
+                (strides if "stride" in name else unbounded).add(name)
             continue
         if loop := re.search(r"scf\.for (%\w+) =", text):
             unbounded.add(loop[1])
