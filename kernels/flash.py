@@ -6,7 +6,7 @@ write one packed gradient. Outputs lie in memory as (B, T, H, D), so that the ne
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,9 @@ from torch.utils.flop_counter import register_flop_formula
 
 from ..errors import AttentionError
 from . import flash_backward, flash_decode, flash_flops, flash_forward, flash_short, tuning
-from .launch import is_plain, launch_arguments
+from .launch import Problem, is_plain, problem_of
+from .operators import differentiable, operator
+from .packed import by_head, unpack
 from .window import hiding, seen_keys
 
 __all__ = ["attention", "attention_packed", "describe"]
@@ -39,7 +41,7 @@ def attention(
     Under autocast the inputs are cast as for SDPA. A second derivative raises AttentionError.
     """
     q, k, v = (_autocast(x) for x in (q, k, v))
-    out, lse = torch.ops.fastchargpt.attention_forward(q, k, v, seed, scale, causal, dropout_p, window, softcap)
+    out, lse = attention_forward(q, k, v, seed, scale, causal, dropout_p, window, softcap)
     return out, lse
 
 
@@ -55,7 +57,7 @@ def attention_packed(
     softcap: float | None = None,
 ) -> torch.Tensor:
     """Causal attention of qkv (B, T, (n_head + 2 * n_kv_head) * D): out (B, T, n_head * D). Nothing is copied."""
-    out: torch.Tensor = torch.ops.fastchargpt.attention_packed_forward(
+    out: torch.Tensor = attention_packed_forward(
         _autocast(qkv), seed, n_head, n_kv_head, scale, dropout_p, window, softcap
     )[0]
     return out
@@ -72,8 +74,9 @@ def describe(
 ) -> str:
     """The kernels that would run for these shapes, in words."""
     left = hiding(window, k.shape[2])
-    plan = _plan(q, k, causal, dropout_p, left, softcap)
-    decoding = _pieces(q, seen_keys(q, k, k, window)[0], plan, dropout_p) > 1
+    problem = problem_of(q, k, scale=1.0, causal=causal, dropout_p=dropout_p, window=left, softcap=softcap)
+    plan = _plan(problem)
+    decoding = _pieces(problem._replace(k_shape=seen_keys(q, k, k, window)[0].shape), plan) > 1
     backward = " and ".join(f"{c.kernel} {c.block_m}x{c.block_n}" for c in plan.backward)
     forward = "decode, split over the keys" if decoding else f"tiled {plan.forward.block_m}x{plan.forward.block_n}"
     text = f"table {tuning.arch_of(q.device)}; forward {forward}; backward {backward}, {len(plan.backward)} launch(es)"
@@ -98,24 +101,23 @@ def _processors(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
-def _plan(
-    q: torch.Tensor, k: torch.Tensor, causal: bool, dropout_p: float, window: int | None, softcap: float | None
-) -> tuning.Plan:
+def _plan(problem: Problem) -> tuning.Plan:
+    q_shape, k_shape = problem.q_shape, problem.k_shape
     return tuning.plan(
-        q.device,
-        q.dtype,
-        q.shape[-1],
-        max(q.shape[2], k.shape[2]),
-        dropout=dropout_p > 0.0,
-        variant=window is not None or softcap is not None,
-        plain=is_plain(q, k, causal),
+        problem.device,
+        problem.dtype,
+        q_shape[-1],
+        max(q_shape[2], k_shape[2]),
+        dropout=problem.dropout_p > 0.0,
+        variant=problem.window is not None or problem.softcap is not None,
+        plain=is_plain(q_shape, k_shape, problem.causal),
     )
 
 
-def _pieces(q: torch.Tensor, k: torch.Tensor, plan: tuning.Plan, dropout_p: float) -> int:
-    if plan.decode is None or dropout_p > 0.0:
+def _pieces(problem: Problem, plan: tuning.Plan) -> int:
+    if plan.decode is None or problem.dropout_p > 0.0:
         return 1
-    return flash_decode.splits(q, k, _processors(q.device), plan.decode.block_n)
+    return flash_decode.splits(problem.q_shape, problem.k_shape, _processors(problem.device), plan.decode.block_n)
 
 
 def _launch_forward(
@@ -137,17 +139,15 @@ def _launch_forward(
         window = hiding(window, k.shape[2])  # its mask goes by the number of a key, so none can be cut off
     else:
         k, v, window = seen_keys(q, k, v, window)
-    plan = _plan(q, k, causal, dropout_p, window, softcap)
-    arguments = launch_arguments(
-        q, k, seed, scale=scale, causal=causal, dropout_p=dropout_p, window=window, softcap=softcap
-    )
-    pieces = _pieces(q, k, plan, dropout_p)
+    problem = problem_of(q, k, scale=scale, causal=causal, dropout_p=dropout_p, window=window, softcap=softcap)
+    plan = _plan(problem)
+    pieces = _pieces(problem, plan)
     with torch.cuda.device_of(q):
         if pieces > 1:
             assert plan.decode is not None
-            flash_decode.forward(q, k, v, out, lse, arguments, plan.decode, pieces)
+            flash_decode.forward(q, k, v, out, lse, problem, plan.decode, pieces)
         else:
-            flash_forward.forward(q, k, v, out, lse, arguments, plan.forward)
+            flash_forward.forward(q, k, v, out, lse, _seed(seed, q, dropout_p), problem, plan.forward)
     return lse
 
 
@@ -163,19 +163,20 @@ def _launch_backward(
     window: int | None,
     softcap: float | None,
 ) -> None:
-    q, k, v, out, lse = tensors
-    dq, dk, dv = gradients
+    q, k = tensors[:2]
     window = hiding(window, k.shape[2])  # keys before every window stay: their gradients, 0, are to be written
-    plan = _plan(q, k, causal, dropout_p, window, softcap)
-    arguments = launch_arguments(
-        q, k, seed, scale=scale, causal=causal, dropout_p=dropout_p, window=window, softcap=softcap
-    )
+    problem = problem_of(q, k, scale=scale, causal=causal, dropout_p=dropout_p, window=window, softcap=softcap)
+    configs = _plan(problem).backward
+    backward: Callable[..., None] = flash_short.backward if len(configs) == 1 else flash_backward.backward
     dlse = None if dlse is None else dlse.contiguous()
     with torch.cuda.device_of(q):
-        if len(plan.backward) == 1:
-            flash_short.backward(dout, dlse, q, k, v, out, lse, dq, dk, dv, arguments, plan.backward[0])
-        else:
-            flash_backward.backward(dout, dlse, q, k, v, out, lse, dq, dk, dv, arguments, *plan.backward)
+        backward(dout, dlse, *tensors, *gradients, _seed(seed, q, dropout_p), problem, *configs)
+
+
+def _seed(seed: torch.Tensor | None, anything: torch.Tensor, dropout_p: float) -> torch.Tensor:
+    """What a kernel takes for a seed: without dropout it reads none, and any tensor will do."""
+    assert seed is not None or dropout_p == 0.0, "dropout needs a seed"
+    return anything if seed is None else seed
 
 
 def _rows_first(x: torch.Tensor) -> torch.Tensor:
@@ -184,17 +185,9 @@ def _rows_first(x: torch.Tensor) -> torch.Tensor:
     return x.new_empty((batch, time, heads, head_dim)).transpose(1, 2)
 
 
-def _unpack(qkv: torch.Tensor, n_head: int, n_kv_head: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Views q, k, v (B, H, T, D) of a packed (B, T, (Hq + 2 Hkv) * D)."""
-    heads = qkv.unflatten(2, (n_head + 2 * n_kv_head, -1)).transpose(1, 2)
-    q, k, v = heads.split((n_head, n_kv_head, n_kv_head), dim=1)
-    return q, k, v
-
-
 # -- operators
 
 
-@torch.library.custom_op("fastchargpt::attention_forward", mutates_args=())
 def _forward(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -210,12 +203,10 @@ def _forward(
     return out, _launch_forward(q, k, v, out, seed, scale, causal, dropout_p, window, softcap)
 
 
-@_forward.register_fake
-def _(q: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, torch.Tensor]:
+def _forward_fake(q: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, torch.Tensor]:
     return _rows_first(q), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
-@torch.library.custom_op("fastchargpt::attention_backward", mutates_args=())
 def _backward(
     dout: torch.Tensor,
     dlse: torch.Tensor | None,
@@ -236,14 +227,12 @@ def _backward(
     return gradients
 
 
-@_backward.register_fake
-def _(
+def _backward_fake(
     dout: torch.Tensor, dlse: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return _rows_first(q), _rows_first(k), _rows_first(v)
 
 
-@torch.library.custom_op("fastchargpt::attention_packed_forward", mutates_args=())
 def _packed_forward(
     qkv: torch.Tensor,
     seed: torch.Tensor | None,
@@ -254,14 +243,13 @@ def _packed_forward(
     window: int | None,
     softcap: float | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    q, k, v = _unpack(qkv, n_head, n_kv_head)
+    q, k, v = unpack(qkv, n_head, n_kv_head)
     out = _rows_first(q)
     lse = _launch_forward(q, k, v, out, seed, scale, True, dropout_p, window, softcap)
     return out.transpose(1, 2).flatten(2), lse
 
 
-@_packed_forward.register_fake
-def _(
+def _packed_forward_fake(
     qkv: torch.Tensor, seed: torch.Tensor | None, n_head: int, n_kv_head: int, *rest: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
     batch, time, width = qkv.shape
@@ -269,7 +257,6 @@ def _(
     return out, qkv.new_empty((batch, n_head, time), dtype=torch.float32)
 
 
-@torch.library.custom_op("fastchargpt::attention_packed_backward", mutates_args=())
 def _packed_backward(
     dout: torch.Tensor,
     dlse: torch.Tensor | None,
@@ -285,62 +272,75 @@ def _packed_backward(
     softcap: float | None,
 ) -> torch.Tensor:
     dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
-    q, k, v = _unpack(qkv, n_head, n_kv_head)
-    by_head = [x.unflatten(2, (n_head, -1)).transpose(1, 2) for x in (out, dout)]
-    gradients = _unpack(dqkv, n_head, n_kv_head)
-    tensors = (q, k, v, by_head[0], lse)
-    _launch_backward(by_head[1], dlse, tensors, gradients, seed, scale, True, dropout_p, window, softcap)
+    q, k, v = unpack(qkv, n_head, n_kv_head)
+    gradients = unpack(dqkv, n_head, n_kv_head)
+    tensors = (q, k, v, by_head(out, n_head), lse)
+    _launch_backward(by_head(dout, n_head), dlse, tensors, gradients, seed, scale, True, dropout_p, window, softcap)
     return dqkv
 
 
-@_packed_backward.register_fake
-def _(dout: torch.Tensor, dlse: torch.Tensor | None, qkv: torch.Tensor, *rest: Any) -> torch.Tensor:
+def _packed_backward_fake(dout: torch.Tensor, dlse: torch.Tensor | None, qkv: torch.Tensor, *rest: Any) -> torch.Tensor:
     return qkv.new_empty(qkv.shape)
 
 
-# -- autograd
+# -- their registration, and autograd
+
+attention_forward = operator("attention_forward", _forward, _forward_fake)
+attention_backward = operator("attention_backward", _backward, _backward_fake)
+attention_packed_forward = operator("attention_packed_forward", _packed_forward, _packed_forward_fake)
+attention_packed_backward = operator("attention_packed_backward", _packed_backward, _packed_backward_fake)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
-    q, k, v, seed, *ctx.options = inputs
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(q, k, v, *output, seed)
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, run: Callable[..., Any], *inputs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        q, k, v, seed, *ctx.options = inputs
+        out, lse = run(*inputs)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(q, k, v, out, lse, seed)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, dout: torch.Tensor | None, dlse: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        q, k, v, out, lse, seed = ctx.saved_tensors
+        dout = torch.zeros_like(out) if dout is None else dout
+        gradients = attention_backward(dout, dlse, q, k, v, out, lse, seed, *ctx.options)
+        return (None, *gradients, None, *[None] * len(ctx.options))
 
 
-def _differentiate(ctx: Any, dout: torch.Tensor | None, dlse: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-    q, k, v, out, lse, seed = ctx.saved_tensors
-    if dout is None:
-        dout = torch.zeros_like(out)
-    gradients = torch.ops.fastchargpt.attention_backward(dout, dlse, q, k, v, out, lse, seed, *ctx.options)
-    return (*gradients, *[None] * 6)
+class _PackedAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, run: Callable[..., Any], *inputs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        qkv, seed, *ctx.options = inputs
+        out, lse = run(*inputs)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(qkv, out, lse, seed)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, dout: torch.Tensor | None, dlse: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        qkv, out, lse, seed = ctx.saved_tensors
+        dout = torch.zeros_like(out) if dout is None else dout
+        dqkv = attention_packed_backward(dout, dlse, qkv, out, lse, seed, *ctx.options)
+        return (None, dqkv, None, *[None] * len(ctx.options))
 
 
-def _packed_save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
-    qkv, seed, *ctx.options = inputs
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(qkv, *output, seed)
+class _Gradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, run: Callable[..., Any], *inputs: Any) -> Any:
+        return run(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise AttentionError(
+            "the Triton kernels have no second derivative (create_graph=True): use backend 'naive' for double backward"
+        )
 
 
-def _packed_differentiate(
-    ctx: Any, dout: torch.Tensor | None, dlse: torch.Tensor | None
-) -> tuple[torch.Tensor | None, ...]:
-    qkv, out, lse, seed = ctx.saved_tensors
-    if dout is None:
-        dout = torch.zeros_like(out)
-    dqkv = torch.ops.fastchargpt.attention_packed_backward(dout, dlse, qkv, out, lse, seed, *ctx.options)
-    return (dqkv, *[None] * 7)
-
-
-def _no_second_derivative(ctx: Any, *grads: Any) -> None:
-    raise AttentionError(
-        "the Triton kernels have no second derivative (create_graph=True): use backend 'naive' for double backward"
-    )
-
-
-_forward.register_autograd(_differentiate, setup_context=_save)
-_packed_forward.register_autograd(_packed_differentiate, setup_context=_packed_save)
-_backward.register_autograd(_no_second_derivative)
-_packed_backward.register_autograd(_no_second_derivative)
+differentiable(attention_forward, _Attention)
+differentiable(attention_packed_forward, _PackedAttention)
+differentiable(attention_backward, _Gradient)
+differentiable(attention_packed_backward, _Gradient)
 
 for _name, _formula in flash_flops.FORMULAS.items():
     register_flop_formula(getattr(torch.ops.fastchargpt, _name))(_formula)

@@ -8,6 +8,8 @@ recomputed in both. What they do to a block stands in backward_steps.py.
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"
 # (a kernel is Triton's language in Python's grammar: its arguments have no Python types)
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -21,7 +23,7 @@ from .backward_steps import (
     lse_of_rows,
     padded_rows,
 )
-from .launch import LaunchArguments, alignment
+from .launch import LAUNCHES_KEPT, Launch, Problem, Strides
 from .tiles import exponent, head_of, load_tile, store_tile
 from .tuning import Config
 
@@ -164,6 +166,24 @@ def backward_dkdv_kernel(
     store_tile(dv_head, dv * keep_scale, start_n, tk, BLOCK_N, HEAD_DIM, BLOCK_D)
 
 
+@functools.lru_cache(maxsize=LAUNCHES_KEPT)
+def _launch_dq(problem: Problem, strides: tuple[Strides, ...], has_dlse: bool, config: Config) -> Launch:
+    batch, heads, tq, _ = problem.q_shape
+    programs = triton.cdiv(tq, config.block_m) * batch * heads
+    named = dict(zip(("q", "k", "v", "out", "dout", "dq"), strides, strict=True))
+    return Launch(backward_dq_kernel, programs, problem, named, **config.options, HAS_DLSE=has_dlse)
+
+
+@functools.lru_cache(maxsize=LAUNCHES_KEPT)
+def _launch_dkdv(problem: Problem, strides: tuple[Strides, ...], config: Config) -> Launch:
+    assert config.block_m <= ROWS_AT_ONCE.value, "a block of rows would end outside of what is kept"
+    batch, kv_heads, tk, _ = problem.k_shape
+    programs = triton.cdiv(tk, config.block_n) * batch * kv_heads
+    named = dict(zip(("q", "k", "v", "dout", "dk", "dv"), strides, strict=True))
+    ragged = problem.q_shape[2] % config.block_m != 0
+    return Launch(backward_dkdv_kernel, programs, problem, named, **config.options, RAGGED=ragged)
+
+
 def backward(
     dout: torch.Tensor,
     dlse: torch.Tensor | None,
@@ -175,61 +195,17 @@ def backward(
     dq: torch.Tensor,
     dk: torch.Tensor,
     dv: torch.Tensor,
-    arguments: LaunchArguments,
+    seed: torch.Tensor,
+    problem: Problem,
     config: Config,
     config_dkdv: Config,
 ) -> None:
     """Fill dq, dk and dv (shapes of q, k, v; any strides) in two launches."""
-    batch, heads, tq, _ = q.shape
-    assert config_dkdv.block_m <= ROWS_AT_ONCE.value, "a block of rows would end outside of what is kept"
+    batch, heads, tq, _ = problem.q_shape
     padded = triton.cdiv(tq, ROWS_AT_ONCE.value) * ROWS_AT_ONCE.value
     kept_lse, kept_delta = lse.new_empty(2, batch, heads, padded).unbind()
-    kv_heads, tk = k.shape[1], k.shape[2]
-    backward_dq_kernel[(triton.cdiv(tq, config.block_m) * batch * heads,)](
-        q,
-        k,
-        v,
-        out,
-        dout,
-        dq,
-        lse,
-        kept_lse,
-        kept_delta,
-        lse if dlse is None else dlse,
-        arguments.seed,
-        q.stride(),
-        k.stride(),
-        v.stride(),
-        out.stride(),
-        dout.stride(),
-        dq.stride(),
-        *arguments.scalars,
-        **arguments.variant,
-        **arguments.constants,
-        ALIGN=alignment(q, k, v, out, dout, dq),
-        HAS_DLSE=dlse is not None,
-        **config.options,
-    )
-    backward_dkdv_kernel[(triton.cdiv(tk, config_dkdv.block_n) * batch * kv_heads,)](
-        q,
-        k,
-        v,
-        dout,
-        dk,
-        dv,
-        kept_lse,
-        kept_delta,
-        arguments.seed,
-        q.stride(),
-        k.stride(),
-        v.stride(),
-        dout.stride(),
-        dk.stride(),
-        dv.stride(),
-        *arguments.scalars,
-        **arguments.variant,
-        **arguments.constants,
-        ALIGN=alignment(q, k, v, dout, dk, dv),
-        RAGGED=tq % config_dkdv.block_m != 0,
-        **config_dkdv.options,
-    )
+    inputs = (q.stride(), k.stride(), v.stride())
+    launch_dq = _launch_dq(problem, (*inputs, out.stride(), dout.stride(), dq.stride()), dlse is not None, config)
+    launch_dkdv = _launch_dkdv(problem, (*inputs, dout.stride(), dk.stride(), dv.stride()), config_dkdv)
+    launch_dq(q, k, v, out, dout, dq, lse, kept_lse, kept_delta, lse if dlse is None else dlse, seed)
+    launch_dkdv(q, k, v, dout, dk, dv, kept_lse, kept_delta, seed)

@@ -7,11 +7,14 @@ merges the stretches. Source: Dao et al., "Flash-Decoding for long-context infer
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"
 # (a kernel is Triton's language in Python's grammar: its arguments have no Python types)
+import functools
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
 
-from .launch import LaunchArguments, alignment
+from .launch import LAUNCHES_KEPT, Launch, Problem, Strides
 from .tiles import LN2, aligned, exponent, exponential, head_of, load_tile, natural, tanh_of_scores
 from .tuning import Config
 
@@ -158,18 +161,34 @@ def decode_merge_kernel(
     tl.store(lse_ptr + row, tl.where(total == 0.0, float("-inf"), top + tl.log(safe_total)))
 
 
-def splits(q: torch.Tensor, k: torch.Tensor, processors: int, block_n: int) -> int:
+def splits(q_shape: Sequence[int], k_shape: Sequence[int], processors: int, block_n: int) -> int:
     """Stretches that the keys are cut into: enough for every processor, at least a block each; 1 is not worth it."""
-    rows = q.shape[1] // k.shape[1] * q.shape[2]
+    rows = q_shape[1] // k_shape[1] * q_shape[2]
     if rows > MAX_ROWS:
         return 1
-    wanted = triton.cdiv(PROGRAMS_PER_PROCESSOR * processors, k.shape[0] * k.shape[1])
-    stretch = _stretch(k.shape[2], wanted, block_n)
-    return int(triton.cdiv(k.shape[2], stretch))
+    wanted = triton.cdiv(PROGRAMS_PER_PROCESSOR * processors, k_shape[0] * k_shape[1])
+    stretch = _stretch(k_shape[2], wanted, block_n)
+    return int(triton.cdiv(k_shape[2], stretch))
 
 
 def _stretch(tk: int, wanted: int, block_n: int) -> int:
     return int(triton.cdiv(triton.cdiv(tk, wanted), block_n) * block_n)
+
+
+@functools.lru_cache(maxsize=LAUNCHES_KEPT)
+def _launch_split(problem: Problem, strides: tuple[Strides, ...], config: Config, pieces: int) -> Launch:
+    batch, kv_heads, tk, _ = problem.k_shape
+    named = dict(zip(("q", "k", "v"), strides, strict=True))
+    stretch = _stretch(tk, pieces, config.block_n)
+    programs = pieces * batch * kv_heads
+    return Launch(decode_split_kernel, programs, problem, named, stretch=stretch, **config.options)
+
+
+@functools.lru_cache(maxsize=LAUNCHES_KEPT)
+def _launch_merge(problem: Problem, out_strides: Strides, pieces: int) -> Launch:
+    batch, heads, tq, _ = problem.q_shape
+    settings = {"pieces": pieces, "BLOCK_S": 16, "num_warps": 1, "num_stages": 1}
+    return Launch(decode_merge_kernel, batch * heads * tq, problem, {"out": out_strides}, **settings)
 
 
 def forward(
@@ -178,33 +197,14 @@ def forward(
     v: torch.Tensor,
     out: torch.Tensor,
     lse: torch.Tensor,
-    arguments: LaunchArguments,
+    problem: Problem,
     config: Config,
     pieces: int,
 ) -> None:
     """Fill out (B, Hq, Tq, D) and lse (B, Hq, Tq) in two launches, the keys in (what `splits` gave) `pieces`."""
-    batch, heads, tq, head_dim = q.shape
-    kv_heads, tk = k.shape[1], k.shape[2]
-    stretch = _stretch(tk, pieces, config.block_n)
+    batch, heads, tq, head_dim = problem.q_shape
     part = torch.empty((batch * heads * tq, pieces, head_dim), dtype=torch.float32, device=q.device)
     part_lse = torch.empty((batch * heads * tq, pieces), dtype=torch.float32, device=q.device)
-    decode_split_kernel[(pieces * batch * kv_heads,)](
-        q,
-        k,
-        v,
-        part,
-        part_lse,
-        q.stride(),
-        k.stride(),
-        v.stride(),
-        stretch,
-        *arguments.scalars,
-        **arguments.variant,
-        **arguments.constants,
-        ALIGN=alignment(q, k, v),
-        **config.options,
-    )
-    constants = {name: arguments.constants[name] for name in ("HEAD_DIM", "BLOCK_D")}
-    decode_merge_kernel[(batch * heads * tq,)](
-        part, part_lse, out, lse, out.stride(), pieces, heads, tq, **constants, BLOCK_S=16, num_warps=1, num_stages=1
-    )
+    launch = _launch_split(problem, (q.stride(), k.stride(), v.stride()), config, pieces)
+    launch(q, k, v, part, part_lse)
+    _launch_merge(problem, out.stride(), pieces)(part, part_lse, out, lse)

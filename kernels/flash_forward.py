@@ -8,11 +8,13 @@ of them see. Source: Milakov and Gimelshein, "Online normalizer calculation for 
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"
 # (a kernel is Triton's language in Python's grammar: its arguments have no Python types)
+import functools
+
 import torch
 import triton
 import triton.language as tl
 
-from .launch import LaunchArguments, alignment
+from .launch import LAUNCHES_KEPT, Launch, Problem, Strides
 from .philox_tile import keep_tile
 from .tiles import (
     LN2,
@@ -176,32 +178,24 @@ def attention_forward_kernel(
     tl.store(lse_head + start_m + rows, lse, mask=rows < tq - start_m)
 
 
+@functools.lru_cache(maxsize=LAUNCHES_KEPT)
+def _launch(problem: Problem, strides: tuple[Strides, ...], config: Config) -> Launch:
+    batch, heads, tq, _ = problem.q_shape
+    programs = triton.cdiv(tq, config.block_m) * batch * heads
+    named = dict(zip(("q", "k", "v", "out"), strides, strict=True))
+    return Launch(attention_forward_kernel, programs, problem, named, **config.options)
+
+
 def forward(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
     out: torch.Tensor,
     lse: torch.Tensor,
-    arguments: LaunchArguments,
+    seed: torch.Tensor,
+    problem: Problem,
     config: Config,
 ) -> None:
-    """Fill out (B, Hq, Tq, D) and lse (B, Hq, Tq) in one launch."""
-    batch, heads, tq, _ = q.shape
-    grid = (triton.cdiv(tq, config.block_m) * batch * heads,)
-    attention_forward_kernel[grid](
-        q,
-        k,
-        v,
-        out,
-        lse,
-        arguments.seed,
-        q.stride(),
-        k.stride(),
-        v.stride(),
-        out.stride(),
-        *arguments.scalars,
-        **arguments.variant,
-        **arguments.constants,
-        ALIGN=alignment(q, k, v, out),
-        **config.options,
-    )
+    """Fill out (B, Hq, Tq, D) and lse (B, Hq, Tq) in one launch; `seed` is any tensor where there is no dropout."""
+    launch = _launch(problem, (q.stride(), k.stride(), v.stride(), out.stride()), config)
+    launch(q, k, v, out, lse, seed)

@@ -10,12 +10,14 @@ No program writes what another one reads, so nothing is ordered and nothing is a
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"
 # (a kernel is Triton's language in Python's grammar: its arguments have no Python types)
+import functools
+
 import torch
 import triton
 import triton.language as tl
 
 from .backward_steps import delta_of_rows, dkdv_of_block, dq_of_block, lse_of_rows
-from .launch import LaunchArguments, alignment
+from .launch import LAUNCHES_KEPT, Launch, Problem, Strides
 from .philox_tile import keep_tile
 from .tiles import causal_mask, exponent, exponential, head_of, load_rows, load_tile, store_tile
 from .tuning import Config
@@ -204,6 +206,22 @@ def backward_blocks_kernel(
             store_tile(dq_head, dq * scale, start, tq, BLOCK_N, HEAD_DIM, BLOCK_D)
 
 
+@functools.lru_cache(maxsize=LAUNCHES_KEPT)
+def _launch(problem: Problem, strides: tuple[Strides, ...], has_dlse: bool, config: Config) -> Launch:
+    assert problem.window is problem.softcap is None, "the one-launch kernels have neither window nor soft-cap"
+    batch, kv_heads, tk, _ = problem.k_shape
+    tq = problem.q_shape[2]
+    names = ("q", "k", "v", "out", "dout", "dq", "dk", "dv")
+    named = dict(zip(names, strides, strict=True))
+    if config.kernel == "tile":
+        assert max(tq - config.block_m, tk - config.block_n) <= 0, "one tile does not hold the sequence"
+        del named["out"]
+        return Launch(backward_tile_kernel, batch * kv_heads, problem, named, **config.options, HAS_DLSE=has_dlse)
+    programs = triton.cdiv(max(tq, tk), config.block_n) * batch * kv_heads
+    flags = {"RAGGED": tq % config.block_m != 0, "HAS_DLSE": has_dlse}
+    return Launch(backward_blocks_kernel, programs, problem, named, **config.options, **flags)
+
+
 def backward(
     dout: torch.Tensor,
     dlse: torch.Tensor | None,
@@ -215,66 +233,18 @@ def backward(
     dq: torch.Tensor,
     dk: torch.Tensor,
     dv: torch.Tensor,
-    arguments: LaunchArguments,
+    seed: torch.Tensor,
+    problem: Problem,
     config: Config,
 ) -> None:
     """Fill dq, dk and dv (shapes of q, k, v; any strides) in one launch: `config.kernel` is "tile" or "blocks".
 
     There is neither a window nor a soft-cap here (`tuning.plan` takes two launches for them).
     """
-    assert set(arguments.variant.values()) == {None}, "the one-launch kernels have neither window nor soft-cap"
-    batch, kv_heads, tk, _ = k.shape
-    tq = q.shape[2]
-    flags = {
-        **arguments.constants,
-        "ALIGN": alignment(q, k, v, out, dout, dq, dk, dv),
-        "HAS_DLSE": dlse is not None,
-        **config.options,
-    }
+    strides = tuple([x.stride() for x in (q, k, v, out, dout, dq, dk, dv)])
+    launch = _launch(problem, strides, dlse is not None, config)
+    given = lse if dlse is None else dlse
     if config.kernel == "tile":
-        assert max(tq - config.block_m, tk - config.block_n) <= 0, "one tile does not hold the sequence"
-        backward_tile_kernel[(batch * kv_heads,)](
-            q,
-            k,
-            v,
-            dout,
-            dq,
-            dk,
-            dv,
-            q if dlse is None else dlse,
-            arguments.seed,
-            q.stride(),
-            k.stride(),
-            v.stride(),
-            dout.stride(),
-            dq.stride(),
-            dk.stride(),
-            dv.stride(),
-            *arguments.scalars,
-            **flags,
-        )
-        return
-    backward_blocks_kernel[(triton.cdiv(max(tq, tk), config.block_n) * batch * kv_heads,)](
-        q,
-        k,
-        v,
-        out,
-        dout,
-        dq,
-        dk,
-        dv,
-        lse,
-        lse if dlse is None else dlse,
-        arguments.seed,
-        q.stride(),
-        k.stride(),
-        v.stride(),
-        out.stride(),
-        dout.stride(),
-        dq.stride(),
-        dk.stride(),
-        dv.stride(),
-        *arguments.scalars,
-        RAGGED=tq % config.block_m != 0,
-        **flags,
-    )
+        launch(q, k, v, dout, dq, dk, dv, given, seed)
+    else:
+        launch(q, k, v, out, dout, dq, dk, dv, lse, given, seed)

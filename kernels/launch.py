@@ -1,26 +1,122 @@
-"""What every launch of a kernel passes besides its tensors and their strides."""
+"""One launch of a kernel: all that it is given besides its tensors, worked out once for every call alike."""
 
-import dataclasses
+import functools
 import math
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 
+from .availability import triton_version
 from .philox import dropout_threshold, keep_probability
 
-__all__ = ["LaunchArguments", "alignment", "block_d", "is_plain", "launch_arguments"]
+__all__ = ["LAUNCHES_KEPT", "Launch", "Problem", "Strides", "alignment", "block_d", "is_plain", "problem_of"]
 
 WHOLE_TILES = (16, 32, 64, 128, 256)  # the widths that `block_d` has
+KNOWN_TRITON = (3, 7)  # the newest version of which it is known what decides the machine code
+LAUNCHES_KEPT = 256  # of each kernel: sizes, strides and options that come back
+KEYS = ("k", "v", "dk", "dv")  # tensors in the shape of k; the others are in that of q
+Strides = tuple[int, ...]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class LaunchArguments:
-    """The tail of every kernel's signature, in its order."""
+class Problem(NamedTuple):
+    """What a call of attention computes: all but where its tensors lie, and what is in them."""
 
-    seed: torch.Tensor  # (1,) int64; any tensor where there is no dropout
-    scalars: tuple[int | float, ...]  # heads, group, tq, tk, scale, threshold, keep_scale
-    variant: dict[str, int | float | None]  # window, softcap
-    constants: dict[str, Any]  # HEAD_DIM, BLOCK_D, CAUSAL, NEGATE, DROPOUT, PRECISION; a launch adds ALIGN
+    q_shape: tuple[int, ...]  # (B, Hq, Tq, D)
+    k_shape: tuple[int, ...]  # (B, Hkv, Tk, D)
+    dtype: torch.dtype
+    device: torch.device
+    tf32: bool  # whether products of float32 may be rounded so
+    scale: float
+    causal: bool
+    dropout_p: float
+    window: int | None
+    softcap: float | None
+
+    def arguments(self) -> dict[str, Any]:
+        """By the kernels' names for them. A None, and all that would be done with it, is gone from compiled code."""
+        _, heads, tq, head_dim = self.q_shape
+        return {
+            "heads": heads,
+            "group": heads // self.k_shape[1],
+            "tq": tq,
+            "tk": self.k_shape[2],
+            "scale": self.scale,
+            "threshold": dropout_threshold(self.dropout_p),
+            "keep_scale": 1.0 / keep_probability(self.dropout_p),
+            "window": self.window,
+            "softcap": self.softcap,
+            "HEAD_DIM": head_dim,
+            "BLOCK_D": block_d(head_dim),
+            "CAUSAL": self.causal,
+            "NEGATE": self.scale < 0.0,
+            "DROPOUT": self.dropout_p > 0.0,
+            "PRECISION": "tf32" if self.tf32 else "ieee",
+        }
+
+
+def problem_of(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    *,
+    scale: float,
+    causal: bool,
+    dropout_p: float = 0.0,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> Problem:
+    """The problem of q (B, Hq, Tq, D) against k (B, Hkv, Tk, D); float32 follows torch's matmul precision."""
+    tf32 = q.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
+    return Problem(q.shape, k.shape, q.dtype, q.device, tf32, scale, causal, dropout_p, window, softcap)
+
+
+class Launch:
+    """A kernel, its grid, and every argument but the tensors; called with those, in the order of the kernel's own.
+
+    Triton looks at every argument of a launch to find the machine code for it, which takes longer than the launch.
+    Here only the tensors' addresses differ from call to call, and of them it only asks whether 16 divides them: so the
+    code that it found is kept by that, and launched at once from then on.
+    """
+
+    def __init__(
+        self,
+        kernel: Any,
+        programs: int,
+        problem: Problem,
+        strides: Mapping[str, Strides],  # by the name of the tensor
+        **settings: Any,  # further arguments of the kernel's, and the compiler's options
+    ) -> None:
+        shapes = (problem.k_shape if name in KEYS else problem.q_shape for name in strides)
+        known = {
+            **problem.arguments(),
+            **{f"{name}_strides": stride for name, stride in strides.items()},
+            **settings,
+            "ALIGN": alignment(zip(shapes, strides.values(), strict=True)),
+        }
+        names = [name for name in kernel.arg_names if not name.endswith("_ptr")]
+        self._kernel = kernel
+        self._grid = (programs, 1, 1)
+        self._rest = tuple(known[name] for name in names)
+        self._options = {name: value for name, value in settings.items() if name not in names}
+        self._code: dict[tuple[bool, ...], Any] = {}
+
+    def __call__(self, *tensors: torch.Tensor) -> None:
+        """Launch on the current stream."""
+        whole = tuple([tensor.data_ptr() % 16 == 0 for tensor in tensors])
+        code = self._code.get(whole)
+        if code is not None:
+            code[self._grid](*tensors, *self._rest)
+            return
+        code = self._kernel[self._grid](*tensors, *self._rest, **self._options)
+        if code is not None and _may_keep_code():  # an interpreter has none
+            self._code[whole] = code
+
+
+@functools.cache
+def _may_keep_code() -> bool:
+    """AMD's code also depends on how much memory a tensor is part of; that of a Triton to come, on who knows what."""
+    version = tuple(int(part) for part in str(triton_version()).split(".")[:2])
+    return torch.version.hip is None and version <= KNOWN_TRITON
 
 
 def block_d(head_dim: int) -> int:
@@ -28,73 +124,21 @@ def block_d(head_dim: int) -> int:
     return max(16, 1 << (head_dim - 1).bit_length())
 
 
-def is_plain(q: torch.Tensor, k: torch.Tensor, causal: bool) -> bool:
+def is_plain(q_shape: Sequence[int], k_shape: Sequence[int], causal: bool) -> bool:
     """Whether this is what most models do, which needs the fewest registers: causal, no groups, no columns of zeros."""
-    if not causal or q.shape[1] != k.shape[1]:
+    if not causal or q_shape[1] != k_shape[1]:
         return False
     for width in WHOLE_TILES:  # noqa: SIM110 (torch.compile may hold a head_dim as a symbol: branches decide it)
-        if q.shape[-1] == width:
+        if q_shape[-1] == width:
             return True
     return False
 
 
-def alignment(*tensors: torch.Tensor) -> int:
-    """ALIGN, the largest power of two up to 16 that divides every stride between rows, heads and sequences.
+def alignment(views: Iterable[tuple[Sequence[int], Sequence[int]]]) -> int:
+    """ALIGN of views (shape, strides): the largest power of two up to 16 that divides every stride but the last one's.
 
     From 16 on Triton sees it by itself. For a head_dim of 52 or 100 the strides are multiples of 4, and without being
-    told a kernel would load one element at a time.
+    told a kernel would load one element at a time. A stride by which nothing is read may be anything.
     """
-    found = 16
-    for tensor in tensors:
-        found = math.gcd(found, *tensor.stride()[:-1])
-    if found == 16:  # the usual; else look whether what spoils it is a stride by which nothing is read
-        return found
-    strides = (
-        stride
-        for tensor in tensors
-        for size, stride in zip(tensor.shape[:-1], tensor.stride(), strict=False)
-        if size > 1
-    )
-    return math.gcd(16, *strides)
-
-
-def launch_arguments(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    seed: torch.Tensor | None,
-    *,
-    scale: float,
-    causal: bool,
-    dropout_p: float,
-    window: int | None = None,
-    softcap: float | None = None,
-) -> LaunchArguments:
-    """Arguments for q (B, Hq, Tq, D) against k (B, Hkv, Tk, D).
-
-    A window or a soft-cap of None is gone once a kernel is compiled: the plain kernel is what it would be without them.
-    """
-    heads, tq, head_dim = q.shape[1], q.shape[2], q.shape[3]
-    dropout = dropout_p > 0.0
-    assert not dropout or seed is not None, "dropout needs a seed"
-    tf32 = q.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
-    return LaunchArguments(
-        seed=q if seed is None else seed,
-        scalars=(
-            heads,
-            heads // k.shape[1],
-            tq,
-            k.shape[2],
-            scale,
-            dropout_threshold(dropout_p),
-            1.0 / keep_probability(dropout_p),
-        ),
-        variant={"window": window, "softcap": softcap},
-        constants={
-            "HEAD_DIM": head_dim,
-            "BLOCK_D": block_d(head_dim),
-            "CAUSAL": causal,
-            "NEGATE": scale < 0.0,
-            "DROPOUT": dropout,
-            "PRECISION": "tf32" if tf32 else "ieee",
-        },
-    )
+    used = (stride for shape, strides in views for size, stride in zip(shape[:-1], strides, strict=False) if size > 1)
+    return math.gcd(16, *used)

@@ -112,15 +112,19 @@ def widest_head(device_type: str, index: int, dtype: torch.dtype, dropout: bool,
     if _forced:
         return 256
     device = torch.device(device_type, index)
-    arch, kind = arch_of(device), _kind(dtype)
-    own = user_table(arch, gpu_of(device))
+    return _widest_head(arch_of(device), gpu_of(device), _kind(dtype), dropout, plain)
+
+
+@functools.lru_cache(maxsize=64)
+def _widest_head(arch: str, gpu: str, dtype: str, dropout: bool, plain: bool) -> int:
+    own = user_table(arch, gpu)
     entries = (*(own.entries if own else ()), *load_table(arch))
     served = [
         max(
             (
                 e.head_dim
                 for e in entries
-                if (e.config.kernel, e.dtype, e.max_length) == (kernel, kind, None)
+                if (e.config.kernel, e.dtype, e.max_length) == (kernel, dtype, None)
                 and e.dropout >= dropout
                 and e.has_calls(plain)
             ),
@@ -152,7 +156,7 @@ serves_variants._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 def forget() -> None:
     """Read the tables anew: one of them has been written."""
-    for cached in (_choose, load_table, user_table):
+    for cached in (_choose, _widest_head, load_table, user_table):
         cached.cache_clear()
 
 

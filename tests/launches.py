@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from fastchargpt.kernels import flash_backward, flash_decode, flash_forward, flash_short
-from fastchargpt.kernels.launch import block_d, launch_arguments
+from fastchargpt.kernels.launch import block_d, problem_of
 from fastchargpt.kernels.tuning import Config, Entry
 
 __all__ = ["BOTH", "RAGGED", "VARIED", "Case", "cases", "run_backward", "run_kernel"]
@@ -99,14 +99,13 @@ class _Tensors:
         self.k, self.v, self.dk, self.dv = (by_head(case.kv_heads, case.length, packed) for _ in range(4))
         self.out, self.dout = (by_head(case.heads, queries, case.heads) for _ in range(2))
         self.lse = torch.zeros(case.batch, case.heads, queries, device=device)
-        seed = torch.zeros(1, dtype=torch.int64, device=device) if case.dropout else None
+        self.seed = torch.zeros(1, dtype=torch.int64, device=device) if case.dropout else self.q
         before = torch.get_float32_matmul_precision()
         torch.set_float32_matmul_precision("high" if case.tf32 else "highest")
         try:
-            self.arguments = launch_arguments(
+            self.problem = problem_of(
                 self.q,
                 self.k,
-                seed,
                 scale=case.head_dim**-0.5,
                 causal=case.causal,
                 dropout_p=0.2 if case.dropout else 0.0,
@@ -127,9 +126,9 @@ def run_kernel(config: Config, case: Case, device: str) -> None:
         decoding = config.kernel == "decode"
         t = _Tensors(case, device, queries=1 if decoding else case.length)
         if decoding:
-            flash_decode.forward(t.q, t.k, t.v, t.out, t.lse, t.arguments, config, pieces=4)
+            flash_decode.forward(t.q, t.k, t.v, t.out, t.lse, t.problem, config, pieces=4)
         else:
-            flash_forward.forward(t.q, t.k, t.v, t.out, t.lse, t.arguments, config)
+            flash_forward.forward(t.q, t.k, t.v, t.out, t.lse, t.seed, t.problem, config)
 
 
 def run_backward(configs: tuple[Config, ...], case: Case, device: str) -> None:
@@ -137,6 +136,6 @@ def run_backward(configs: tuple[Config, ...], case: Case, device: str) -> None:
     t = _Tensors(case, device, queries=case.length)
     gradients = (t.dq, t.dk, t.dv)
     if len(configs) == 1:
-        flash_short.backward(t.dout, None, t.q, t.k, t.v, t.out, t.lse, *gradients, t.arguments, configs[0])
+        flash_short.backward(t.dout, None, t.q, t.k, t.v, t.out, t.lse, *gradients, t.seed, t.problem, configs[0])
     else:
-        flash_backward.backward(t.dout, None, t.q, t.k, t.v, t.out, t.lse, *gradients, t.arguments, *configs)
+        flash_backward.backward(t.dout, None, t.q, t.k, t.v, t.out, t.lse, *gradients, t.seed, t.problem, *configs)

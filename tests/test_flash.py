@@ -14,7 +14,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from fastchargpt.attention import causal_attention, causal_attention_packed, explain_attention
 from fastchargpt.errors import BackendUnavailableError
 from fastchargpt.kernels import flash, naive
-from fastchargpt.kernels.launch import alignment
 from fastchargpt.kernels.tuning import Config, forced
 
 
@@ -100,16 +99,6 @@ def test_dropout_is_redrawn_by_activation_checkpointing() -> None:
         assert torch.equal(once, again)
         for x, y in zip(gradients, torch.autograd.grad(again.sum(), (q, k, v)), strict=True):
             assert torch.equal(x, y)
-
-
-@pytest.mark.parametrize(
-    ("head_dim", "n_head", "expected"), [(64, 1, 16), (52, 4, 4), (100, 3, 4), (24, 2, 8), (10, 1, 2), (59, 2, 1)]
-)
-def test_the_alignment_of_a_packed_projection(head_dim: int, n_head: int, expected: int) -> None:
-    qkv = torch.zeros(2, 5, 3 * n_head, head_dim).transpose(1, 2)
-    assert alignment(qkv[:, :n_head], qkv[:, n_head:]) == expected
-    assert alignment(torch.zeros(2, 3, 4, 64), qkv) == expected  # the least of all
-    assert alignment(qkv[:1, :1, :1]) == 16  # no stride is used
 
 
 def test_strides_that_nothing_is_read_by_may_be_anything() -> None:

@@ -8,6 +8,7 @@ from oracles import qkv_case, worst_error
 from strict_interpreter import strict_interpreter
 
 from fastchargpt.kernels import flash, flash_decode, naive
+from fastchargpt.kernels.launch import problem_of
 from fastchargpt.kernels.tuning import forced
 
 
@@ -34,9 +35,9 @@ def test_queries_before_the_first_key_see_nothing() -> None:
     q, k, v = qkv_case(batch=1, heads=1, tq=8, tk=40)
     k, v = k[:, :, :3], v[:, :, :3]
     out, lse = torch.empty_like(q), torch.empty(q.shape[:3])
-    arguments = flash.launch_arguments(q, k, None, scale=0.3, causal=True, dropout_p=0.0)
+    problem = problem_of(q, k, scale=0.3, causal=True)
     with strict_interpreter():
-        flash_decode.forward(q, k, v, out, lse, arguments, plan_of("tiled", decode=True).decode, 1)  # type: ignore[arg-type]
+        flash_decode.forward(q, k, v, out, lse, problem, plan_of("tiled", decode=True).decode, 1)  # type: ignore[arg-type]
     want_out, want_lse = naive.attention(q, k, v, scale=0.3, causal=True)
     assert worst_error(out, want_out) < 1e-6
     assert worst_error(lse, want_lse) < 1e-6
@@ -44,8 +45,7 @@ def test_queries_before_the_first_key_see_nothing() -> None:
 
 def test_a_single_sequence_fills_the_chip_and_a_large_batch_is_not_split() -> None:
     def pieces(batch: int, tq: int, tk: int) -> int:
-        q, k = torch.empty(batch, 8, tq, 64, device="meta"), torch.empty(batch, 8, tk, 64, device="meta")
-        return flash_decode.splits(q, k, processors=132, block_n=64)
+        return flash_decode.splits((batch, 8, tq, 64), (batch, 8, tk, 64), processors=132, block_n=64)
 
     assert pieces(1, 1, 8192) * 8 >= 132
     assert pieces(64, 1, 8192) == 1

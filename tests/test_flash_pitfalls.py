@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from fastchargpt.attention import causal_attention, causal_attention_packed
 from fastchargpt.errors import AttentionError
 from fastchargpt.kernels import flash, flash_backward, flash_forward, flash_short, naive
-from fastchargpt.kernels.launch import launch_arguments
+from fastchargpt.kernels.launch import problem_of
 from fastchargpt.kernels.philox import draw_seed, keep_mask, keep_probability
 from fastchargpt.kernels.tuning import forced
 
@@ -53,15 +53,15 @@ def test_pitfall_03_nan_beyond_the_sequence_and_the_head(plan: str) -> None:
 @every_plan
 def test_pitfall_04_outputs_are_all_written_and_nothing_else(plan: str) -> None:
     q, k, v = qkv_case(batch=1, heads=2, kv_heads=1, tq=18, tk=21, head_dim=20)
-    arguments = launch_arguments(q, k, None, scale=0.3, causal=True, dropout_p=0.0)
+    problem = problem_of(q, k, scale=0.3, causal=True)
     lse = with_margins(torch.empty(q.shape[:3]), fill=False)
     out, dq, dk, dv = (with_margins(torch.empty_like(x), fill=False) for x in (q, q, k, v))
     launches = plan_of(plan, *blocks_of(plan).values())
     with strict_interpreter():
-        flash_forward.forward(q, k, v, out.tensor, lse.tensor, arguments, launches.forward)
+        flash_forward.forward(q, k, v, out.tensor, lse.tensor, q, problem, launches.forward)
         backward = flash_backward.backward if plan == "tiled" else flash_short.backward
         saved = (q, k, v, out.tensor, lse.tensor)
-        backward(q, None, *saved, dq.tensor, dk.tensor, dv.tensor, arguments, *launches.backward)
+        backward(q, None, *saved, dq.tensor, dk.tensor, dv.tensor, q, problem, *launches.backward)
     for guarded in (out, lse, dq, dk, dv):
         guarded.assert_intact()
         guarded.assert_written()
@@ -97,12 +97,12 @@ def test_pitfall_08_delta_reads_the_real_strides_of_out_and_its_gradient(plan: s
     dout = torch.randn(2, 2, 17, 20)
     out, lse = naive.attention(q, k, v, scale=0.3, causal=True)
     want = torch.autograd.grad(out, (q, k, v), dout)
-    arguments = launch_arguments(q, k, None, scale=0.3, causal=True, dropout_p=0.0)
+    problem = problem_of(q, k, scale=0.3, causal=True)
     gradients = tuple(torch.full_like(x, float("nan")) for x in (q, k, v))
     backward = flash_backward.backward if plan == "tiled" else flash_short.backward
     stored, given = lay_out(out.detach(), "columns_first"), lay_out(dout, "gaps")
     with strict_interpreter(), torch.no_grad():
-        backward(given, None, q, k, v, stored, lse.detach(), *gradients, arguments, *plan_of(plan).backward)
+        backward(given, None, q, k, v, stored, lse.detach(), *gradients, q, problem, *plan_of(plan).backward)
     for x, y in zip(gradients, want, strict=True):
         assert worst_error(x, y) < 5e-6
 
@@ -161,7 +161,7 @@ def test_pitfall_12_more_than_65535_heads() -> None:
         with record_launches("sm_90") as launches, forced(plan_of(plan)):
             flash.attention(q, q, q, scale=0.25, causal=True)[0].sum().backward()
         for launch in launches:
-            assert launch.grid == (70_000,)  # the first axis holds 2**31 - 1, the others 65535
+            assert launch.grid[0] == 70_000  # the first axis holds 2**31 - 1, the others 65535
 
 
 @every_plan

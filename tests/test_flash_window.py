@@ -18,7 +18,7 @@ from work_counter import WorkCounter
 from fastchargpt.attention import causal_attention, causal_attention_packed, explain_attention
 from fastchargpt.errors import BackendUnavailableError
 from fastchargpt.kernels import flash, tuning
-from fastchargpt.kernels.launch import launch_arguments
+from fastchargpt.kernels.launch import problem_of
 from fastchargpt.kernels.tuning import Config, Entry, forced, known_archs, load_table, plan_for, serves_variants
 
 BOTH = {"window": 9, "softcap": 1.5}
@@ -139,7 +139,7 @@ def test_one_query_reads_its_window_and_runs_the_plain_kernel() -> None:
         flash.attention(q, k, v, scale=0.1, causal=True, window=40)
     split = launches[0]
     assert split.constants["window"] is None
-    assert split.grid == (3,)  # 41 keys in blocks of 16
+    assert split.grid[0] == 3  # 41 keys in blocks of 16
     with strict_interpreter(counter=WorkCounter()) as counter, forced(plan_of("tiled", decode=True)):
         flash.attention(q, k, v, scale=0.1, causal=True, window=40)
     assert counter is not None
@@ -186,11 +186,11 @@ def test_an_entry_that_has_no_variants_is_passed_over(monkeypatch: pytest.Monkey
 
 def test_one_launch_kernels_refuse_what_they_do_not_have() -> None:
     q, k, v = qkv_case(batch=1)
-    arguments = launch_arguments(q, k, None, scale=1.0, causal=True, dropout_p=0.0, window=2)
+    problem = problem_of(q, k, scale=1.0, causal=True, window=2)
     from fastchargpt.kernels import flash_short
 
     with pytest.raises(AssertionError, match="neither window nor soft-cap"):
-        flash_short.backward(q, None, q, k, v, q, q, q, k, v, arguments, plan_of("tile").backward[0])
+        flash_short.backward(q, None, q, k, v, q, q, q, k, v, q, problem, plan_of("tile").backward[0])
 
 
 def test_flops_of_a_window() -> None:

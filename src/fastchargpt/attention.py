@@ -12,6 +12,7 @@ from .errors import AttentionError, BackendUnavailableError, nearest
 from .kernels import naive, sdpa
 from .kernels.availability import triton_problem
 from .kernels.launch import is_plain
+from .kernels.packed import unpack
 from .kernels.philox import draw_seed
 from .kernels.tuning import origin, serves_variants, widest_head
 from .kernels.window import hiding
@@ -149,23 +150,26 @@ def causal_attention_packed(
     Raises:
         AttentionError, BackendUnavailableError: as `causal_attention`.
     """
-    q, k, v = _unpack(qkv, n_head, n_head if n_kv_head is None else n_kv_head)
+    n_kv_head = n_head if n_kv_head is None else n_kv_head
+    _check_packed(qkv, n_head, n_kv_head)
+    q, k, v = unpack(qkv.detach(), n_head, n_kv_head)  # what is asked of them is cheaper without autograd
     _check(q, k, v, scale, dropout_p)
     window, softcap = _check_variant(True, window, softcap)
     name = choose_backend(
         q, k, v, causal=True, dropout_p=dropout_p, return_lse=False, backend=backend, window=window, softcap=softcap
     )[0]
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    seed = draw_seed(qkv.device) if dropout_p > 0.0 and name != "sdpa" else None
+    if name == "triton":
+        from .kernels import flash
+
+        return flash.attention_packed(
+            qkv, n_head, n_kv_head, scale=scale, dropout_p=dropout_p, seed=seed, window=window, softcap=softcap
+        )
+    q, k, v = unpack(qkv, n_head, n_kv_head)
     if name == "sdpa":
         out = sdpa.attention(q, k, v, scale=scale, causal=True, dropout_p=dropout_p, window=window)
     else:
-        seed = draw_seed(qkv.device) if dropout_p > 0.0 else None
-        if name == "triton":
-            from .kernels import flash
-
-            return flash.attention_packed(
-                qkv, n_head, k.shape[1], scale=scale, dropout_p=dropout_p, seed=seed, window=window, softcap=softcap
-            )
         out, _ = naive.attention(
             q, k, v, scale=scale, causal=True, dropout_p=dropout_p, seed=seed, window=window, softcap=softcap
         )
@@ -207,7 +211,7 @@ def explain_attention(
         from .kernels import flash
 
         length, variant = max(q.shape[2], k.shape[2]), hiding(window, k.shape[2]) is not None or softcap is not None
-        kind = {"dropout": dropout_p > 0.0, "variant": variant, "plain": is_plain(q, k, causal)}
+        kind = {"dropout": dropout_p > 0.0, "variant": variant, "plain": is_plain(q.shape, k.shape, causal)}
         settings = origin(q.device, q.dtype, q.shape[-1], length, **kind)
         kernels = flash.describe(q, k, causal=causal, dropout_p=dropout_p, window=window, softcap=softcap)
         detail = f" ({kernels}; {settings})"
@@ -279,7 +283,7 @@ def _triton_refusal(q: torch.Tensor, k: torch.Tensor, causal: bool, dropout_p: f
         return f"the Triton kernels take a head_dim from 8 to 256, and it is {head_dim}"
     device = (q.device.type, q.device.index or 0)
     problem = triton_problem(*device)
-    plain = is_plain(q, k, causal)
+    plain = is_plain(q.shape, k.shape, causal)
     if problem is None and head_dim > widest_head(*device, dtype, dropout_p > 0.0, plain):
         return f"the launch table of this GPU has no {dtype} kernels without spills for a head_dim of {head_dim}"
     if problem is None and variant and not serves_variants(*device, dtype, head_dim, dropout_p > 0.0, plain):
@@ -290,25 +294,17 @@ def _triton_refusal(q: torch.Tensor, k: torch.Tensor, causal: bool, dropout_p: f
     return problem
 
 
-def _unpack(qkv: torch.Tensor, n_head: int, n_kv_head: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Views q (B, Hq, T, D), k and v (B, Hkv, T, D) of qkv (B, T, (Hq + 2 Hkv) * D)."""
+def _check_packed(qkv: torch.Tensor, n_head: int, n_kv_head: int) -> None:
+    """Raise AttentionError where qkv is not (B, T, (Hq + 2 Hkv) * D)."""
     if qkv.dim() != 3:
         raise AttentionError(f"qkv must have 3 dimensions, (B, T, 3 * C); got shape {tuple(qkv.shape)}")
     if n_head < 1 or n_kv_head < 1 or n_head % n_kv_head:
         raise AttentionError(f"n_head must be a positive multiple of n_kv_head; got {n_head} and {n_kv_head}")
-    batch, time, width = qkv.shape
-    heads = n_head + 2 * n_kv_head
+    width, heads = qkv.shape[2], n_head + 2 * n_kv_head
     if width % heads or width == 0:
         raise AttentionError(
             f"qkv's last dimension must be a multiple of n_head + 2 * n_kv_head = {heads}; got {width}"
         )
-    head_dim = width // heads
-    q, k, v = qkv.split((n_head * head_dim, n_kv_head * head_dim, n_kv_head * head_dim), dim=2)
-    return (
-        q.view(batch, time, n_head, head_dim).transpose(1, 2),
-        k.view(batch, time, n_kv_head, head_dim).transpose(1, 2),
-        v.view(batch, time, n_kv_head, head_dim).transpose(1, 2),
-    )
 
 
 def _check_variant(causal: bool, window: int | None, softcap: float | None) -> tuple[int | None, float | None]:
