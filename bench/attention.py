@@ -148,8 +148,11 @@ def _tiled(q: Tensor) -> Entry:
     """Our Triton kernels as for the longest sequences: the backward in two launches, never in one."""
     entry = _ours("triton")(q)
     from fastchargpt.kernels import tuning
+    from fastchargpt.kernels.launch import problem_of
 
-    plan = tuning.plan(q.device, q.dtype, q.shape[-1], 2**30, dropout=False)
+    longest = (*q.shape[:2], 2**30, q.shape[3])
+    problem = problem_of(q, q, scale=1.0, causal=True)
+    plan = tuning.plan(problem._replace(q_shape=longest, k_shape=longest))
     return entry._replace(scope=lambda: tuning.forced(plan))
 
 

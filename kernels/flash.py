@@ -14,7 +14,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from ..errors import AttentionError
 from . import flash_backward, flash_decode, flash_flops, flash_forward, flash_short, tuning
-from .launch import Problem, is_plain, problem_of
+from .launch import Problem, problem_of
 from .operators import differentiable, operator
 from .packed import by_head, unpack
 from .window import hiding, seen_keys
@@ -63,27 +63,24 @@ def attention_packed(
     return out
 
 
-def describe(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    *,
-    causal: bool,
-    dropout_p: float,
-    window: int | None = None,
-    softcap: float | None = None,
-) -> str:
-    """The kernels that would run for these shapes, in words."""
-    left = hiding(window, k.shape[2])
-    problem = problem_of(q, k, scale=1.0, causal=causal, dropout_p=dropout_p, window=left, softcap=softcap)
-    plan = _plan(problem)
-    decoding = _pieces(problem._replace(k_shape=seen_keys(q, k, k, window)[0].shape), plan) > 1
+def describe(problem: Problem) -> str:
+    """The kernels that would run, and where their settings come from, in words."""
+    tq, tk = problem.q_shape[2], problem.k_shape[2]
+    window, softcap = problem.window, problem.softcap
+    problem = problem._replace(window=hiding(window, tk))
+    plan = tuning.plan(problem)
+    seen = tk if window is None else min(tk, tq + window)
+    decoding = _pieces(problem._replace(k_shape=(*problem.k_shape[:2], seen, problem.k_shape[3])), plan) > 1
     backward = " and ".join(f"{c.kernel} {c.block_m}x{c.block_n}" for c in plan.backward)
     forward = "decode, split over the keys" if decoding else f"tiled {plan.forward.block_m}x{plan.forward.block_n}"
-    text = f"table {tuning.arch_of(q.device)}; forward {forward}; backward {backward}, {len(plan.backward)} launch(es)"
+    text = f"table {tuning.arch_of(problem.device)}; forward {forward}; backward {backward}, "
+    text += f"{len(plan.backward)} launch(es)"
     if window is not None:
-        hidden = "blocks of keys outside it are skipped" if left is not None else "it hides none of the keys read"
+        hidden = "it hides none of the keys read" if problem.window is None else "blocks of keys outside it are skipped"
         text += f"; window {window}: {hidden}"
-    return text if softcap is None else f"{text}; scores capped at {softcap:g}"
+    if softcap is not None:
+        text += f"; scores capped at {softcap:g}"
+    return f"{text}; {tuning.origin(problem)}"
 
 
 def _autocast(x: torch.Tensor) -> torch.Tensor:
@@ -99,19 +96,6 @@ def _processors(device: torch.device) -> int:
     if device.type != "cuda":
         return INTERPRETER_PROCESSORS
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
-
-
-def _plan(problem: Problem) -> tuning.Plan:
-    q_shape, k_shape = problem.q_shape, problem.k_shape
-    return tuning.plan(
-        problem.device,
-        problem.dtype,
-        q_shape[-1],
-        max(q_shape[2], k_shape[2]),
-        dropout=problem.dropout_p > 0.0,
-        variant=problem.window is not None or problem.softcap is not None,
-        plain=is_plain(q_shape, k_shape, problem.causal),
-    )
 
 
 def _pieces(problem: Problem, plan: tuning.Plan) -> int:
@@ -140,7 +124,7 @@ def _launch_forward(
     else:
         k, v, window = seen_keys(q, k, v, window)
     problem = problem_of(q, k, scale=scale, causal=causal, dropout_p=dropout_p, window=window, softcap=softcap)
-    plan = _plan(problem)
+    plan = tuning.plan(problem)
     pieces = _pieces(problem, plan)
     with torch.cuda.device_of(q):
         if pieces > 1:
@@ -166,7 +150,7 @@ def _launch_backward(
     q, k = tensors[:2]
     window = hiding(window, k.shape[2])  # keys before every window stay: their gradients, 0, are to be written
     problem = problem_of(q, k, scale=scale, causal=causal, dropout_p=dropout_p, window=window, softcap=softcap)
-    configs = _plan(problem).backward
+    configs = tuning.plan(problem).backward
     backward: Callable[..., None] = flash_short.backward if len(configs) == 1 else flash_backward.backward
     dlse = None if dlse is None else dlse.contiguous()
     with torch.cuda.device_of(q):

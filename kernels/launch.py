@@ -33,6 +33,21 @@ class Problem(NamedTuple):
     window: int | None
     softcap: float | None
 
+    @property
+    def length(self) -> int:
+        """The longer of Tq and Tk."""
+        return max(self.q_shape[2], self.k_shape[2])
+
+    @property
+    def is_variant(self) -> bool:
+        """Whether there is a sliding window or a soft-cap."""
+        return self.window is not None or self.softcap is not None
+
+    @property
+    def is_plain(self) -> bool:
+        """See the function of that name."""
+        return is_plain(self.q_shape, self.k_shape, self.causal)
+
     def arguments(self) -> dict[str, Any]:
         """By the kernels' names for them. A None, and all that would be done with it, is gone from compiled code."""
         _, heads, tq, head_dim = self.q_shape

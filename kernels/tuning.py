@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from ..errors import ConfigError
+from .launch import Problem
 from .tables import KERNELS, Config, Entry, UserTable, known_archs, load_table, save_table, user_table
 
 __all__ = [
@@ -63,47 +64,26 @@ def forced(forced_plan: Plan) -> Iterator[None]:
         _forced.pop()
 
 
-def plan(
-    device: torch.device,
-    dtype: torch.dtype,
-    head_dim: int,
-    length: int,
-    *,
-    dropout: bool,
-    variant: bool = False,
-    plain: bool = True,
-) -> Plan:
-    """The launches for sequences of at most `length` queries and keys on `device`.
-
-    `variant`: with a sliding window or a soft-cap, which the one-launch backwards do not have; `plain`: see
-    `launch.is_plain`.
-    """
-    if _forced:
-        return _forced[-1]
-    return _choose(arch_of(device), gpu_of(device), _kind(dtype), head_dim, length, dropout, variant, plain).plan
+def plan(problem: Problem) -> Plan:
+    """The launches for a problem. The one-launch backwards have neither a sliding window nor a soft-cap."""
+    return _forced[-1] if _forced else _chosen(problem).plan
 
 
 def plan_for(
     arch: str, dtype: str, head_dim: int, length: int, dropout: bool, variant: bool = False, plain: bool = True
 ) -> Plan:
-    """As `plan`, by the names that the tables use, and by the shipped table alone."""
+    """As `plan`, by the names that the tables use, and by the shipped table alone.
+
+    `variant` and `plain` are a problem's `is_variant` and `is_plain`.
+    """
     return _choose(arch, None, dtype, head_dim, length, dropout, variant, plain).plan
 
 
-def origin(
-    device: torch.device,
-    dtype: torch.dtype,
-    head_dim: int,
-    length: int,
-    *,
-    dropout: bool,
-    variant: bool = False,
-    plain: bool = True,
-) -> str:
+def origin(problem: Problem) -> str:
     """Where the settings that `plan` gives come from, in words."""
     if _forced:
         return "settings forced by the caller"
-    path = _choose(arch_of(device), gpu_of(device), _kind(dtype), head_dim, length, dropout, variant, plain).path
+    path = _chosen(problem).path
     return "settings as shipped" if path is None else f"settings measured on this machine, from {path}"
 
 
@@ -166,6 +146,19 @@ class _Choice:
     path: Path | None  # of the user's table, where any of the settings are from there
 
 
+def _chosen(problem: Problem) -> _Choice:
+    return _choose(
+        arch_of(problem.device),
+        gpu_of(problem.device),
+        _kind(problem.dtype),
+        problem.q_shape[3],
+        problem.length,
+        problem.dropout_p > 0.0,
+        problem.is_variant,
+        problem.is_plain,
+    )
+
+
 @functools.lru_cache(maxsize=1024)
 def _choose(
     arch: str, gpu: str | None, dtype: str, head_dim: int, length: int, dropout: bool, variant: bool, plain: bool
@@ -181,12 +174,13 @@ def _choose(
         and entry.head_dim >= head_dim
         and (entry.max_length is None or entry.max_length >= length)
         and entry.dropout >= dropout  # what holds dropout's registers holds the plain kernel's too
-        and not (plain and entry.calls == "other")
+        and (variant or not (plain and entry.calls == "other"))  # which holds a variant of plain calls too, if any
     ]
     # Settings that spill do so for narrower heads too, whatever an entry for wider ones says: the narrowest decides.
     narrowest: dict[Config, tuple[int, bool]] = {}
     for _, entry in serving:
-        fits = entry.has_calls(plain) and (not variant or entry.has_variants(dropout))
+        calls = entry.has_calls(plain) or (variant and entry.calls == "other")
+        fits = calls and (not variant or entry.has_variants(dropout))
         found = (entry.head_dim, not fits)
         narrowest[entry.config] = min(narrowest.get(entry.config, found), found)
     serving = [item for item in serving if not narrowest[item[1].config][1]]

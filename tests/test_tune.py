@@ -19,6 +19,7 @@ from fastchargpt.bench.tune_space import Place, candidates, places
 from fastchargpt.cli.main import main
 from fastchargpt.errors import BackendUnavailableError, ConfigError
 from fastchargpt.kernels import tables, tuning
+from fastchargpt.kernels.launch import Problem, problem_of
 from fastchargpt.kernels.tuning import Config, Plan, plan_for
 from fastchargpt.timing import Timing
 
@@ -78,6 +79,11 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     tuning.forget()
 
 
+def problem(dtype: torch.dtype, head_dim: int, length: int, dropout_p: float = 0.0) -> Problem:
+    q = torch.empty(1, 1, length, head_dim, dtype=dtype)
+    return problem_of(q, q, scale=1.0, causal=True, dropout_p=dropout_p)
+
+
 def tuned(path: Path, rig: Pretend, **options: object) -> int:
     return run_tune(
         "cpu", dtypes=["half"], head_dims=[64], buckets=(128, None), dropout=(False,), out=path, rig=rig, **options
@@ -88,14 +94,13 @@ def test_the_fastest_make_a_table_that_the_kernels_then_take(folder: Path, capsy
     path = folder / f"{ARCH}.json"
     before = plan_for(ARCH, "half", 64, 128, False)
     assert tuned(path, Pretend(FAST)) == 0
-    cpu = torch.device("cpu")
     for length in (100, 128, 129, 5000):
-        plan = tuning.plan(cpu, torch.bfloat16, 64, length, dropout=False)
+        plan = tuning.plan(problem(torch.bfloat16, 64, length))
         assert {plan.forward, *plan.backward, plan.decode} == FAST
     # dropout, another dtype and wider heads were not measured: the shipped table serves
-    assert tuning.plan(cpu, torch.bfloat16, 64, 128, dropout=True) == plan_for(ARCH, "half", 64, 128, True)
-    assert tuning.plan(cpu, torch.bfloat16, 65, 128, dropout=False) == plan_for(ARCH, "half", 128, 128, False)
-    assert tuning.plan(cpu, torch.float32, 64, 128, dropout=False) == plan_for(ARCH, "fp32", 64, 128, False)
+    assert tuning.plan(problem(torch.bfloat16, 64, 128, dropout_p=0.1)) == plan_for(ARCH, "half", 64, 128, True)
+    assert tuning.plan(problem(torch.bfloat16, 65, 128)) == plan_for(ARCH, "half", 128, 128, False, plain=False)
+    assert tuning.plan(problem(torch.float32, 64, 128)) == plan_for(ARCH, "fp32", 64, 128, False)
     assert plan_for(ARCH, "half", 64, 128, False) == before
     assert json.loads(path.read_text())["arch"] == ARCH
     told = capsys.readouterr().out
@@ -117,9 +122,9 @@ def test_explain_names_the_table(folder: Path) -> None:
 def test_one_launch_is_kept_where_it_is_faster(folder: Path) -> None:
     blocks = Config("blocks", 32, 32, 4, 1)
     tuned(folder / f"{ARCH}.json", Pretend({blocks, Config("dq", 128, 64, 8, 2)}))
-    plan = tuning.plan(torch.device("cpu"), torch.float16, 64, 128, dropout=False)
+    plan = tuning.plan(problem(torch.float16, 64, 128))
     assert plan.backward == (blocks,)
-    longer = tuning.plan(torch.device("cpu"), torch.float16, 64, 129, dropout=False)
+    longer = tuning.plan(problem(torch.float16, 64, 129))
     assert [config.kernel for config in longer.backward] == ["dq", "dkdv"]  # although the shipped table has blocks here
 
 
@@ -232,11 +237,10 @@ def test_a_damaged_table_is_refused_in_a_sentence_once_and_the_shipped_one_serve
         entry |= {"block_n": 64, "num_warps": 4, "num_stages": 1, content[0]: content[1]}
         content = json.dumps({"arch": ARCH, "entries": [entry]})
     path.write_text(content)
-    cpu = torch.device("cpu")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        plan = tuning.plan(cpu, torch.bfloat16, 64, 64, dropout=False)
-        tuning.plan(cpu, torch.bfloat16, 64, 65, dropout=False)
+        plan = tuning.plan(problem(torch.bfloat16, 64, 64))
+        tuning.plan(problem(torch.bfloat16, 64, 65))
         assert tuning.widest_head("cpu", 0, torch.bfloat16, False) >= 128
     (said,) = [str(warning.message) for warning in caught]
     assert words in said

@@ -11,10 +11,10 @@ import torch
 from .errors import AttentionError, BackendUnavailableError, nearest
 from .kernels import naive, sdpa
 from .kernels.availability import triton_problem
-from .kernels.launch import is_plain
+from .kernels.launch import is_plain, problem_of
 from .kernels.packed import unpack
 from .kernels.philox import draw_seed
-from .kernels.tuning import origin, serves_variants, widest_head
+from .kernels.tuning import serves_variants, widest_head
 from .kernels.window import hiding
 
 __all__ = [
@@ -210,11 +210,8 @@ def explain_attention(
     if name == "triton":
         from .kernels import flash
 
-        length, variant = max(q.shape[2], k.shape[2]), hiding(window, k.shape[2]) is not None or softcap is not None
-        kind = {"dropout": dropout_p > 0.0, "variant": variant, "plain": is_plain(q.shape, k.shape, causal)}
-        settings = origin(q.device, q.dtype, q.shape[-1], length, **kind)
-        kernels = flash.describe(q, k, causal=causal, dropout_p=dropout_p, window=window, softcap=softcap)
-        detail = f" ({kernels}; {settings})"
+        problem = problem_of(q, k, scale=1.0, causal=causal, dropout_p=dropout_p, window=window, softcap=softcap)
+        detail = f" ({flash.describe(problem)})"
     elif name == "sdpa" and hiding(window, k.shape[2]) is not None and q.shape[2] > 1:
         detail = f" (the window of {window} as a mask of Tq x Tk)"
     return f"{name}: {reason}{detail}"
