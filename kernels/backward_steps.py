@@ -11,7 +11,20 @@ import triton
 import triton.language as tl
 
 from .philox_tile import keep_tile
-from .tiles import causal_mask, exponent, exponential, load_rows, load_tile, tanh_of_scores, waited_for, window_mask
+from .tiles import (
+    causal_mask,
+    exponent,
+    exponential,
+    key_blocks,
+    load_rows,
+    load_tile,
+    loops,
+    mask_in,
+    one_loop,
+    tanh_of_scores,
+    waited_for,
+    window_mask,
+)
 
 __all__ = ["ROWS_AT_ONCE", "delta_of_rows", "dkdv_of_block", "dq_of_block", "keep_rows", "lse_of_rows", "padded_rows"]
 
@@ -56,6 +69,27 @@ def keep_rows(lse_head, delta_head, lse, delta, start_m, tq, BLOCK_M: tl.constex
 
 
 @triton.jit
+def _seen_weights(
+    p,  # [BLOCK_M, BLOCK_N]
+    start_m,
+    n,
+    tq,
+    tk,
+    window,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    CAUSAL: tl.constexpr,
+):
+    """The probabilities, 0 where a query does not see a key."""
+    if window is not None:
+        p = tl.where(window_mask(start_m, n, tk - tq, window, BLOCK_M, BLOCK_N), p, 0.0)
+    if CAUSAL:
+        return tl.where(causal_mask(start_m, n, tk - tq, BLOCK_M, BLOCK_N), p, 0.0)
+    else:
+        return tl.where((tl.arange(0, BLOCK_N) < tk - n)[None, :], p, 0.0)
+
+
+@triton.jit
 def _dq_step(
     dq,  # [BLOCK_M, BLOCK_D]
     q,
@@ -67,6 +101,8 @@ def _dq_step(
     dropout,
     start_m,
     n,
+    inside,
+    full,
     tq,
     tk,
     scale,  # by which scores become exponents
@@ -78,26 +114,28 @@ def _dq_step(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     CAUSAL: tl.constexpr,
-    MASKED: tl.constexpr,
+    MASK: tl.constexpr,  # as in the forward
     DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
+    RAGGED: tl.constexpr,
 ):
     """One block of keys, n .. n + BLOCK_N."""
-    k = load_tile(k_head, n, tk, BLOCK_N, HEAD_DIM, BLOCK_D, MASKED)
-    v = load_tile(v_head, n, tk, BLOCK_N, HEAD_DIM, BLOCK_D, MASKED)
+    k = load_tile(k_head, n, tk, BLOCK_N, HEAD_DIM, BLOCK_D, RAGGED and MASK != "none")
+    v = load_tile(v_head, n, tk, BLOCK_N, HEAD_DIM, BLOCK_D, RAGGED and MASK != "none")
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
     if softcap is None:
         p = exponential(scores * scale - lse[:, None], q)
     else:
         tanh = tanh_of_scores(scores, scale, softcap, q)
         p = exponential(tanh * exponent(softcap, q) - lse[:, None], q)
-    if MASKED:
+    if MASK == "all":
+        p = _seen_weights(p, start_m, n, tq, tk, window, BLOCK_M, BLOCK_N, CAUSAL)
+    elif MASK == "edges":
+        edge = n >= full
         if window is not None:
-            p = tl.where(window_mask(start_m, n, tk - tq, window, BLOCK_M, BLOCK_N), p, 0.0)
-        if CAUSAL:
-            p = tl.where(causal_mask(start_m, n, tk - tq, BLOCK_M, BLOCK_N), p, 0.0)
-        else:
-            p = tl.where((tl.arange(0, BLOCK_N) < tk - n)[None, :], p, 0.0)
+            edge |= n < inside
+        if edge:
+            p = _seen_weights(p, start_m, n, tq, tk, window, BLOCK_M, BLOCK_N, CAUSAL)
     dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
     if DROPOUT:
         keep = keep_tile(dropout, start_m, n, BLOCK_M, BLOCK_N)
@@ -132,39 +170,32 @@ def dq_of_block(
     CAUSAL: tl.constexpr,
     DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
+    RAGGED: tl.constexpr,
 ):
-    """dq / scale of a block of queries, [BLOCK_M, BLOCK_D]."""
+    """dq / scale of a block of queries, [BLOCK_M, BLOCK_D]; RAGGED: tk is no multiple of BLOCK_N."""
     dq = tl.zeros((BLOCK_M, BLOCK_D), dtype=tl.float32)
-    if CAUSAL:
-        end = tl.minimum(tk, start_m + BLOCK_M + tk - tq)
-        full = tl.minimum(tk, tl.maximum(0, start_m + 1 + tk - tq)) // BLOCK_N * BLOCK_N
-    else:
-        end = tk
-        full = tk // BLOCK_N * BLOCK_N
-    begin = 0
-    if window is not None:  # as forward
-        first = start_m + tk - tq - window
-        begin = tl.maximum(0, first) // BLOCK_N * BLOCK_N
-        inside = tl.cdiv(tl.maximum(0, first + BLOCK_M - 1), BLOCK_N) * BLOCK_N
-        inside = tl.minimum(inside, tl.maximum(0, end))
-        for n in range(begin, inside, BLOCK_N):
+    begin, inside, full, end = key_blocks(start_m, tq, tk, window, BLOCK_M, BLOCK_N, CAUSAL)
+    ONE_LOOP: tl.constexpr = one_loop()
+    starts = (begin, inside, full)
+    stops = (end if ONE_LOOP else inside, full, end)
+    for loop in tl.static_range(loops(ONE_LOOP)):
+        for n in range(starts[loop], stops[loop], BLOCK_N):
             dq = _dq_step(
-                dq, q, dout, lse, delta, k_head, v_head, dropout, start_m, n, tq, tk, scale, keep_scale,
-                window, softcap, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, CAUSAL, True, DROPOUT, PRECISION,
+                dq, q, dout, lse, delta, k_head, v_head, dropout, start_m, n, inside, full, tq, tk, scale, keep_scale,
+                window, softcap, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, CAUSAL, mask_in(loop, ONE_LOOP), DROPOUT,
+                PRECISION, RAGGED,
             )  # fmt: skip
-        begin = inside
-        full = tl.maximum(inside, full)
-    for n in range(begin, full, BLOCK_N):
-        dq = _dq_step(
-            dq, q, dout, lse, delta, k_head, v_head, dropout, start_m, n, tq, tk, scale, keep_scale,
-            window, softcap, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, CAUSAL, False, DROPOUT, PRECISION,
-        )  # fmt: skip
-    for n in range(full, end, BLOCK_N):
-        dq = _dq_step(
-            dq, q, dout, lse, delta, k_head, v_head, dropout, start_m, n, tq, tk, scale, keep_scale,
-            window, softcap, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, CAUSAL, True, DROPOUT, PRECISION,
-        )  # fmt: skip
     return dq
+
+
+@triton.jit
+def _seen_weights_t(p_t, start_n, m, tq, tk, window, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The probabilities of a causal block, keys first, [BLOCK_N, BLOCK_M], 0 where a query does not see a key."""
+    last_seen = tl.arange(0, BLOCK_M) + (m + tk - tq - start_n)  # key <= row + tk - tq
+    p_t = tl.where(last_seen[None, :] >= tl.arange(0, BLOCK_N)[:, None], p_t, 0.0)
+    if window is not None:
+        p_t = tl.where((last_seen - window)[None, :] <= tl.arange(0, BLOCK_N)[:, None], p_t, 0.0)
+    return p_t
 
 
 @triton.jit
@@ -182,6 +213,8 @@ def _dkdv_step(
     dropout,
     start_n,
     m,
+    full,
+    last,
     tq,
     tk,
     scale,  # by which scores become exponents
@@ -193,7 +226,7 @@ def _dkdv_step(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     CAUSAL: tl.constexpr,
-    MASKED: tl.constexpr,
+    MASK: tl.constexpr,  # "none", "all", or "edges": blocks before `full` and from `last` on
     NEGATE: tl.constexpr,
     DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -219,12 +252,14 @@ def _dkdv_step(
     else:
         tanh_t = tanh_of_scores(scores_t, scale, softcap, q)
         p_t = exponential(tanh_t * exponent(softcap, q) - lse[None, :], q)
-    if MASKED:
-        # key <= row + tk - tq
-        last_seen = tl.arange(0, BLOCK_M) + (m + tk - tq - start_n)
-        p_t = tl.where(last_seen[None, :] >= tl.arange(0, BLOCK_N)[:, None], p_t, 0.0)
+    if CAUSAL and MASK == "all":
+        p_t = _seen_weights_t(p_t, start_n, m, tq, tk, window, BLOCK_M, BLOCK_N)
+    elif CAUSAL and MASK == "edges":
+        edge = m < full
         if window is not None:
-            p_t = tl.where((last_seen - window)[None, :] <= tl.arange(0, BLOCK_N)[:, None], p_t, 0.0)
+            edge |= m >= last
+        if edge:
+            p_t = _seen_weights_t(p_t, start_n, m, tq, tk, window, BLOCK_M, BLOCK_N)
     dp_t = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
     if DROPOUT:
         keep_t = tl.trans(keep_tile(dropout, m, start_n, BLOCK_M, BLOCK_N))
@@ -277,39 +312,28 @@ def dkdv_of_block(
     RAGGED: tq is no multiple of BLOCK_M. INLINE_DELTA: lse_head holds what the forward wrote, and delta is computed
     from out; else both are from `keep_rows`.
     """
-    stop = tq
-    if window is not None:
-        # The last row that sees the last key, and the end of the blocks of which every row sees the first one.
-        stop = tl.minimum(tq, tl.maximum(0, start_n + BLOCK_N - (tk - tq) + window))
-        inside = tl.minimum(stop, tl.maximum(0, start_n + 1 - (tk - tq) + window)) // BLOCK_M * BLOCK_M
+    # Of the rows that see some of the keys, from begin to end, those from full to last see all of them.
+    begin = 0
+    full = 0
+    last = tq
+    end = tq
     if CAUSAL:
-        # From the first row that sees the first key, to the first from which on every row sees the last one.
         begin = tl.maximum(0, start_n - (tk - tq)) // BLOCK_M * BLOCK_M
         full = tl.cdiv(tl.maximum(0, start_n + BLOCK_N - 1 - (tk - tq)), BLOCK_M) * BLOCK_M
         full = tl.minimum(full, tl.cdiv(tq, BLOCK_M) * BLOCK_M)
-        if window is not None:
-            full = tl.minimum(full, tl.cdiv(stop, BLOCK_M) * BLOCK_M)
-        for m in range(begin, full, BLOCK_M):
-            dk, dv = _dkdv_step(
-                dk, dv, k, v, q_head, dout_head, out_head, lse_head, delta_head, dlse_head, dropout, start_n, m, tq, tk,
-                scale, keep_scale, window, softcap, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, CAUSAL, True, NEGATE,
-                DROPOUT, PRECISION, RAGGED, INLINE_DELTA, HAS_DLSE,
-            )  # fmt: skip
-    else:
-        full = 0
     if window is not None:
-        last = tl.maximum(full, inside)
-        for m in range(last, stop, BLOCK_M):
+        end = tl.minimum(tq, tl.maximum(0, start_n + BLOCK_N - (tk - tq) + window))
+        full = tl.minimum(full, tl.cdiv(end, BLOCK_M) * BLOCK_M)
+        last = tl.minimum(end, tl.maximum(0, start_n + 1 - (tk - tq) + window)) // BLOCK_M * BLOCK_M
+        last = tl.maximum(full, last)
+    ONE_LOOP: tl.constexpr = one_loop(DROPOUT)
+    starts = (begin, full, last)
+    stops = (end if ONE_LOOP else full, last, end)
+    for loop in tl.static_range(loops(ONE_LOOP)):
+        for m in range(starts[loop], stops[loop], BLOCK_M):
             dk, dv = _dkdv_step(
-                dk, dv, k, v, q_head, dout_head, out_head, lse_head, delta_head, dlse_head, dropout, start_n, m, tq, tk,
-                scale, keep_scale, window, softcap, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, CAUSAL, True, NEGATE,
-                DROPOUT, PRECISION, RAGGED, INLINE_DELTA, HAS_DLSE,
+                dk, dv, k, v, q_head, dout_head, out_head, lse_head, delta_head, dlse_head, dropout, start_n, m, full,
+                last, tq, tk, scale, keep_scale, window, softcap, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, CAUSAL,
+                mask_in(loop, ONE_LOOP), NEGATE, DROPOUT, PRECISION, RAGGED, INLINE_DELTA, HAS_DLSE,
             )  # fmt: skip
-        stop = last
-    for m in range(full, stop, BLOCK_M):
-        dk, dv = _dkdv_step(
-            dk, dv, k, v, q_head, dout_head, out_head, lse_head, delta_head, dlse_head, dropout, start_n, m, tq, tk,
-            scale, keep_scale, window, softcap, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, CAUSAL, False, NEGATE,
-            DROPOUT, PRECISION, RAGGED, INLINE_DELTA, HAS_DLSE,
-        )  # fmt: skip
     return dk, dv

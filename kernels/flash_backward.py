@@ -67,6 +67,7 @@ def backward_dq_kernel(
     DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
     ALIGN: tl.constexpr,
+    RAGGED: tl.constexpr,
     HAS_DLSE: tl.constexpr,
 ):
     """What is kept for the second launch, and dq. Grid: (cdiv(tq, BLOCK_M) * B * Hq,)."""
@@ -94,7 +95,7 @@ def backward_dq_kernel(
     dq = dq_of_block(
         q, dout, lse, delta, k_head, v_head, (seed_ptr, batch, head, threshold), start_m, tq, tk,
         exponent(tl.abs(scale), q), keep_scale, window, softcap,
-        HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, CAUSAL, DROPOUT, PRECISION,
+        HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, CAUSAL, DROPOUT, PRECISION, RAGGED,
     )  # fmt: skip
     dq_head = head_of(dq_ptr, dq_strides, batch, head, ALIGN)
     store_tile(dq_head, dq * scale, start_m, tq, BLOCK_M, HEAD_DIM, BLOCK_D)
@@ -171,7 +172,8 @@ def _launch_dq(problem: Problem, strides: tuple[Strides, ...], has_dlse: bool, c
     batch, heads, tq, _ = problem.q_shape
     programs = triton.cdiv(tq, config.block_m) * batch * heads
     named = dict(zip(("q", "k", "v", "out", "dout", "dq"), strides, strict=True))
-    return Launch(backward_dq_kernel, programs, problem, named, **config.options, HAS_DLSE=has_dlse)
+    flags = {"RAGGED": problem.k_shape[2] % config.block_n != 0, "HAS_DLSE": has_dlse}
+    return Launch(backward_dq_kernel, programs, problem, named, **config.options, **flags)
 
 
 @functools.lru_cache(maxsize=LAUNCHES_KEPT)

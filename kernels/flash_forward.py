@@ -2,8 +2,9 @@
 
 One program takes BLOCK_M queries of one head over all the keys they see: first the blocks of keys that all of them see,
 without a mask, then those on the diagonal. A sliding window begins further to the right, with the blocks that only some
-of them see. Source: Milakov and Gimelshein, "Online normalizer calculation for softmax"
-(2018); Dao et al., "FlashAttention" (2022).
+of them see. RAGGED: tk is no multiple of BLOCK_N.
+
+Source: Milakov and Gimelshein, "Online normalizer calculation for softmax" (2018); Dao et al., "FlashAttention" (2022).
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"
@@ -18,12 +19,17 @@ from .launch import LAUNCHES_KEPT, Launch, Problem, Strides
 from .philox_tile import keep_tile
 from .tiles import (
     LN2,
+    LOWEST,
     causal_mask,
     exponent,
     exponential,
     head_of,
+    key_blocks,
     load_tile,
+    loops,
+    mask_in,
     natural,
+    one_loop,
     store_tile,
     tanh_of_scores,
     waited_for,
@@ -32,6 +38,28 @@ from .tiles import (
 from .tuning import Config
 
 __all__ = ["attention_forward_kernel", "forward"]
+
+
+@triton.jit
+def _seen_scores(
+    scores,  # [BLOCK_M, BLOCK_N]
+    start_m,
+    n,
+    tq,
+    tk,
+    window,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    CAUSAL: tl.constexpr,
+):
+    """The scores, -inf where a query does not see a key."""
+    if CAUSAL:  # no valid row sees a key beyond tk
+        seen = causal_mask(start_m, n, tk - tq, BLOCK_M, BLOCK_N)
+    else:
+        seen = (tl.arange(0, BLOCK_N) < tk - n)[None, :]
+    if window is not None:
+        seen &= window_mask(start_m, n, tk - tq, window, BLOCK_M, BLOCK_N)
+    return tl.where(seen, scores, float("-inf"))
 
 
 @triton.jit
@@ -45,6 +73,8 @@ def _forward_step(
     dropout,  # as keep_tile takes it
     start_m,
     n,
+    inside,
+    full,
     tq,
     tk,
     scale,  # by which scores become exponents, not 0: a mask's -inf is multiplied by it
@@ -55,34 +85,32 @@ def _forward_step(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     CAUSAL: tl.constexpr,
-    MASKED: tl.constexpr,
+    MASK: tl.constexpr,  # "none", "all", or "edges": blocks before `inside` and from `full` on
     DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
+    RAGGED: tl.constexpr,
 ):
     """One block of keys, n .. n + BLOCK_N."""
-    k = load_tile(k_head, n, tk, BLOCK_N, HEAD_DIM, BLOCK_D, MASKED)
+    k = load_tile(k_head, n, tk, BLOCK_N, HEAD_DIM, BLOCK_D, RAGGED and MASK != "none")
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
     if softcap is not None:
         scores = tanh_of_scores(scores, scale, softcap, q)
         scale = exponent(softcap, q)
-    if MASKED:
-        if CAUSAL:  # no valid row sees a key beyond tk
-            seen = causal_mask(start_m, n, tk - tq, BLOCK_M, BLOCK_N)
-        else:
-            seen = (tl.arange(0, BLOCK_N) < tk - n)[None, :]
+    if MASK == "all":
+        scores = _seen_scores(scores, start_m, n, tq, tk, window, BLOCK_M, BLOCK_N, CAUSAL)
+    elif MASK == "edges":
+        edge = n >= full
         if window is not None:
-            seen &= window_mask(start_m, n, tk - tq, window, BLOCK_M, BLOCK_N)
-        scores = tl.where(seen, scores, float("-inf"))
-    new_top = tl.maximum(top, tl.max(scores, 1) * scale)
-    shown = new_top
-    if MASKED:
-        shown = tl.where(new_top == float("-inf"), 0.0, new_top)  # a row that has seen nothing yet
-    p = exponential(scores * scale - shown[:, None], q)
-    decay = exponential(top - shown, q)
+            edge |= n < inside
+        if edge:
+            scores = _seen_scores(scores, start_m, n, tq, tk, window, BLOCK_M, BLOCK_N, CAUSAL)
+    new_top = tl.maximum(top, tl.max(scores, 1) * scale)  # LOWEST for a row that has seen nothing yet
+    p = exponential(scores * scale - new_top[:, None], q)
+    decay = exponential(top - new_top, q)
     total = total * decay + tl.sum(p, 1)
     if DROPOUT:
         p = tl.where(keep_tile(dropout, start_m, n, BLOCK_M, BLOCK_N), p, 0.0)
-    v = load_tile(v_head, n, tk, BLOCK_N, HEAD_DIM, BLOCK_D, MASKED)
+    v = load_tile(v_head, n, tk, BLOCK_N, HEAD_DIM, BLOCK_D, RAGGED and MASK != "none")
     acc = tl.dot(p.to(v.dtype), v, acc * decay[:, None], input_precision=PRECISION)
     return waited_for(acc), new_top, total
 
@@ -117,6 +145,7 @@ def attention_forward_kernel(
     DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
     ALIGN: tl.constexpr,
+    RAGGED: tl.constexpr,
 ):
     """Grid: (cdiv(tq, BLOCK_M) * B * Hq,); NEGATE where scale is negative: q is negated, and |scale| used."""
     blocks = tl.cdiv(tq, BLOCK_M)
@@ -135,38 +164,20 @@ def attention_forward_kernel(
         q = -q
     to_exponent = exponent(tl.abs(scale), q)
     acc = tl.zeros((BLOCK_M, BLOCK_D), dtype=tl.float32)
-    top = tl.full((BLOCK_M,), float("-inf"), dtype=tl.float32)
+    top = tl.full((BLOCK_M,), LOWEST, dtype=tl.float32)
     total = tl.zeros((BLOCK_M,), dtype=tl.float32)
 
-    if CAUSAL:
-        end = tl.minimum(tk, start_m + BLOCK_M + tk - tq)  # keys that the last row sees
-        full = tl.minimum(tk, tl.maximum(0, start_m + 1 + tk - tq)) // BLOCK_N * BLOCK_N  # that the first row sees
-    else:
-        end = tk
-        full = tk // BLOCK_N * BLOCK_N
-    begin = 0
-    if window is not None:
-        first = start_m + tk - tq - window  # key that the first row sees, and `inside` is that of the last one
-        begin = tl.maximum(0, first) // BLOCK_N * BLOCK_N
-        inside = tl.cdiv(tl.maximum(0, first + BLOCK_M - 1), BLOCK_N) * BLOCK_N
-        inside = tl.minimum(inside, tl.maximum(0, end))
-        for n in range(begin, inside, BLOCK_N):
+    begin, inside, full, end = key_blocks(start_m, tq, tk, window, BLOCK_M, BLOCK_N, CAUSAL)
+    ONE_LOOP: tl.constexpr = one_loop()
+    starts = (begin, inside, full)
+    stops = (end if ONE_LOOP else inside, full, end)
+    for loop in tl.static_range(loops(ONE_LOOP)):
+        for n in range(starts[loop], stops[loop], BLOCK_N):
             acc, top, total = _forward_step(
-                acc, top, total, q, k_head, v_head, dropout, start_m, n, tq, tk, to_exponent, window, softcap,
-                HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, CAUSAL, True, DROPOUT, PRECISION,
+                acc, top, total, q, k_head, v_head, dropout, start_m, n, inside, full, tq, tk, to_exponent, window,
+                softcap, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, CAUSAL, mask_in(loop, ONE_LOOP), DROPOUT, PRECISION,
+                RAGGED,
             )  # fmt: skip
-        begin = inside
-        full = tl.maximum(inside, full)
-    for n in range(begin, full, BLOCK_N):
-        acc, top, total = _forward_step(
-            acc, top, total, q, k_head, v_head, dropout, start_m, n, tq, tk, to_exponent, window, softcap,
-            HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, CAUSAL, False, DROPOUT, PRECISION,
-        )  # fmt: skip
-    for n in range(full, end, BLOCK_N):
-        acc, top, total = _forward_step(
-            acc, top, total, q, k_head, v_head, dropout, start_m, n, tq, tk, to_exponent, window, softcap,
-            HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, CAUSAL, True, DROPOUT, PRECISION,
-        )  # fmt: skip
 
     blind = total == 0.0  # rows that see nothing: out 0, lse -inf
     safe_total = tl.where(blind, 1.0, total)
@@ -183,7 +194,8 @@ def _launch(problem: Problem, strides: tuple[Strides, ...], config: Config) -> L
     batch, heads, tq, _ = problem.q_shape
     programs = triton.cdiv(tq, config.block_m) * batch * heads
     named = dict(zip(("q", "k", "v", "out"), strides, strict=True))
-    return Launch(attention_forward_kernel, programs, problem, named, **config.options)
+    ragged = problem.k_shape[2] % config.block_n != 0
+    return Launch(attention_forward_kernel, programs, problem, named, **config.options, RAGGED=ragged)
 
 
 def forward(

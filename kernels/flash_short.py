@@ -200,7 +200,7 @@ def backward_blocks_kernel(
             dq = dq_of_block(
                 q, dout, lse, delta, k_head, v_head, (seed_ptr, batch, head_q, threshold), start,
                 tq, tk, exponent(tl.abs(scale), q), keep_scale, None, None,
-                HEAD_DIM, BLOCK_D, BLOCK_N, BLOCK_M, CAUSAL, DROPOUT, PRECISION,
+                HEAD_DIM, BLOCK_D, BLOCK_N, BLOCK_M, CAUSAL, DROPOUT, PRECISION, RAGGED,
             )  # fmt: skip
             dq_head = head_of(dq_ptr, dq_strides, batch, head_q, ALIGN)
             store_tile(dq_head, dq * scale, start, tq, BLOCK_N, HEAD_DIM, BLOCK_D)
@@ -218,7 +218,7 @@ def _launch(problem: Problem, strides: tuple[Strides, ...], has_dlse: bool, conf
         del named["out"]
         return Launch(backward_tile_kernel, batch * kv_heads, problem, named, **config.options, HAS_DLSE=has_dlse)
     programs = triton.cdiv(max(tq, tk), config.block_n) * batch * kv_heads
-    flags = {"RAGGED": tq % config.block_m != 0, "HAS_DLSE": has_dlse}
+    flags = {"RAGGED": tq % config.block_m != 0 or tk % config.block_m != 0, "HAS_DLSE": has_dlse}
     return Launch(backward_blocks_kernel, programs, problem, named, **config.options, **flags)
 
 

@@ -9,17 +9,24 @@ makes the inner loop a third longer.
 # (a kernel is Triton's language in Python's grammar: its arguments have no Python types)
 import triton
 import triton.language as tl
-from triton.language.target_info import cuda_capability_geq
+from triton.language.target_info import cuda_capability_geq, is_cuda, is_hip
+from triton.runtime.jit import constexpr_function
 
 __all__ = [
+    "LN2",
+    "LOWEST",
     "aligned",
     "causal_mask",
     "exponent",
     "exponential",
     "head_of",
+    "key_blocks",
     "load_rows",
     "load_tile",
+    "loops",
+    "mask_in",
     "natural",
+    "one_loop",
     "store_tile",
     "tanh_of_scores",
     "waited_for",
@@ -28,6 +35,7 @@ __all__ = [
 
 LOG2E = tl.constexpr(1.4426950408889634)  # log2(e): the hardware's exponential is in base 2
 LN2 = tl.constexpr(0.6931471805599453)
+LOWEST = tl.constexpr(-3.4028234663852886e38)  # of fp32: from it -inf can be taken, and gives no NaN
 
 
 @triton.jit
@@ -99,6 +107,31 @@ def load_rows(ptr, start, length, other, BLOCK: tl.constexpr):
     return tl.load(ptr + start + rows, mask=rows < length - start, other=other)
 
 
+@constexpr_function
+def one_loop(keys_first_with_dropout=False):
+    """Whether blocks with a mask and blocks without one go through one loop, the mask behind a branch.
+
+    A loop of their own begins with an empty pipeline. But where scores are made by Ampere's instruction (sm_80 to sm_89
+    and sm_120), Triton only finds out that a product takes them if no branch is between, and else they go to it through
+    shared memory. On AMD's, scores that lie keys first get a layout in which the draws of a Philox call are apart.
+    """
+    if is_cuda():
+        return cuda_capability_geq(9) and not cuda_capability_geq(12)
+    return not (is_hip() and keys_first_with_dropout)
+
+
+@constexpr_function
+def loops(one):
+    """How many loops there are: one, or one before the blocks without a mask, one for these and one after them."""
+    return 1 if one else 3
+
+
+@constexpr_function
+def mask_in(loop, one):
+    """MASK in one of the `loops`: "none", "all" (blocks have one), or "edges" (those at the edges have)."""
+    return "edges" if one else ("none" if loop == 1 else "all")
+
+
 @triton.jit
 def waited_for(product):
     """A product in a loop's last line, as it is, [BLOCK_M, BLOCK_N], that the next round does not find under way.
@@ -119,6 +152,28 @@ def causal_mask(first_row, first_key, shift, BLOCK_M: tl.constexpr, BLOCK_N: tl.
     """True where a query sees a key, [BLOCK_M, BLOCK_N]: key <= row + shift, with shift = Tk - Tq (bottom-right)."""
     last_seen = tl.arange(0, BLOCK_M) + (first_row + shift - first_key)
     return last_seen[:, None] >= tl.arange(0, BLOCK_N)[None, :]
+
+
+@triton.jit
+def key_blocks(start_m, tq, tk, window, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr):
+    """(begin, inside, full, end) of the blocks of keys that a block of queries sees some of, from begin to end.
+
+    From inside to full are those of which every query sees every key. All but end are multiples of BLOCK_N.
+    """
+    if CAUSAL:
+        end = tl.minimum(tk, start_m + BLOCK_M + tk - tq)  # keys that the last row sees
+        full = tl.minimum(tk, tl.maximum(0, start_m + 1 + tk - tq)) // BLOCK_N * BLOCK_N  # that the first row sees
+    else:
+        end = tk
+        full = tk // BLOCK_N * BLOCK_N
+    if window is None:
+        return 0, 0, full, end
+    else:
+        first = start_m + tk - tq - window  # key that the first row sees, and `inside` is that of the last one
+        begin = tl.maximum(0, first) // BLOCK_N * BLOCK_N
+        inside = tl.cdiv(tl.maximum(0, first + BLOCK_M - 1), BLOCK_N) * BLOCK_N
+        inside = tl.minimum(inside, tl.cdiv(tl.maximum(0, end), BLOCK_N) * BLOCK_N)
+        return begin, inside, tl.maximum(inside, full), end
 
 
 @triton.jit

@@ -20,7 +20,7 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,14 +28,14 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from control_flow import Code, Instruction, innermost_loops
+from control_flow import Code, Instruction, innermost_loops, shortest_round
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime import driver
-from triton.runtime.jit import JITFunction
+from triton.runtime.jit import JITCallable, JITFunction
 from ttir import loops_with_dots, narrow_products
 
-__all__ = ["TARGETS", "Launch", "Loop", "Report", "Target", "compile_launch", "launch_of", "record_launches"]
+__all__ = ["TARGETS", "Launch", "Loop", "Report", "Target", "compile_launch", "launch_of", "present", "record_launches"]
 
 HERE = Path(__file__).resolve().parent
 CACHE = HERE.parent / "build" / "aot"
@@ -114,7 +114,7 @@ def _source(kernel: JITFunction) -> list[tuple[str, str]]:
     """The syntax trees of a kernel and of the package's functions that it reaches, with the constants they use."""
     found: dict[str, str] = {}
 
-    def visit(function: JITFunction) -> None:
+    def visit(function: JITCallable) -> None:
         name = f"{function.fn.__module__}.{function.fn.__qualname__}"
         if name in found or name.startswith("triton."):
             return
@@ -124,7 +124,7 @@ def _source(kernel: JITFunction) -> list[tuple[str, str]]:
         found[name] = ast.dump(tree)
         for used in sorted({node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}):
             value = function.fn.__globals__.get(used)
-            if isinstance(value, JITFunction):
+            if isinstance(value, JITCallable):
                 visit(value)
             elif isinstance(value, tl.constexpr):
                 found[f"{name}: {used}"] = repr(value.value)
@@ -138,10 +138,16 @@ class Loop:
     """An innermost loop of the machine code: how often each instruction stands in its body (modifiers kept)."""
 
     opcodes: dict[str, int]
+    skippable: dict[str, int] = dataclasses.field(default_factory=dict)  # those of them that a branch in it may skip
 
     @property
     def instructions(self) -> int:
         return sum(self.opcodes.values())
+
+    @property
+    def always(self) -> "Loop":
+        """Without what may be skipped."""
+        return Loop(dict(Counter(self.opcodes) - Counter(self.skippable)))
 
     def count(self, pattern: str) -> int:
         """Instructions whose opcode matches a regular expression from its start."""
@@ -214,10 +220,10 @@ class _FakeDriver:
 
 
 @contextlib.contextmanager
-def _present(target: Target) -> Iterator[None]:
+def present(target: str) -> Iterator[None]:
     """Within this scope Triton finds the target's GPU: kernels may ask for it (`triton.language.target_info`)."""
     active = driver._active
-    driver.set_active(_FakeDriver(target))
+    driver.set_active(_FakeDriver(TARGETS[target]))
     try:
         yield
     finally:
@@ -241,7 +247,7 @@ def record_launches(target: str) -> Iterator[list[Launch]]:
     original = JITFunction.run
     JITFunction.run = run
     try:
-        with _present(TARGETS[target]):
+        with present(target):
             yield launches
     finally:
         JITFunction.run = original
@@ -262,9 +268,9 @@ def compile_launch(launch: Launch, target: str) -> Report:
     path = CACHE / f"{launch.key(target)}-{_readers()}.json"
     if path.exists():
         fields = json.loads(path.read_text())
-        return Report(**fields | {"loops": [Loop(loop) for loop in fields["loops"]]})
+        return Report(**fields | {"loops": [Loop(**loop) for loop in fields["loops"]]})
     report = _compile(launch, TARGETS[target])
-    fields = vars(report) | {"loops": [loop.opcodes for loop in report.loops]}
+    fields = vars(report) | {"loops": [vars(loop) for loop in report.loops]}
     CACHE.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile("w", dir=CACHE, delete=False, suffix=".tmp") as file:
         json.dump(fields, file)
@@ -279,7 +285,7 @@ def _readers() -> str:
 
 def _compile(launch: Launch, target: Target) -> Report:
     source = ASTSource(launch.kernel, launch.signature, launch.constexprs, launch.attributes)
-    with triton.knobs.cache.scope(), _present(target):
+    with triton.knobs.cache.scope(), present(target.name):
         triton.knobs.cache.dir = str(CACHE / "triton")
         compiled = triton.compile(source, target=target.backend, options=launch.options)
     ttir, ttgir = compiled.asm["ttir"], compiled.asm["ttgir"]
@@ -296,7 +302,7 @@ def _compile(launch: Launch, target: Target) -> Report:
         tensor_memory=getattr(compiled.metadata, "tmem_size", None) or 0,
         warps=compiled.metadata.num_warps,
         opcodes=dict(Counter(instruction.opcode for instruction in code)),
-        loops=[Loop(dict(Counter(code[at].opcode for at in body))) for body in innermost_loops(code)],
+        loops=_loops(code),
         half_dots=len(re.findall(r"= tt\.dot .*: tensor<\w*x(?:b?f16)>", ttir)),
         loops_with_dots=loops_with_dots(ttir),
         slow_dots=len(re.findall(r"= tt\.dot .*parent = #blocked", ttgir)),
@@ -304,6 +310,17 @@ def _compile(launch: Launch, target: Target) -> Report:
         atomics=sorted(set(re.findall(r"\b(?:atom|red)\.\S+|\b\w+_atomic_\w+", machine.assembly))),
         narrow_products=narrow_products(ttir),
     )
+
+
+def _loops(code: Code) -> list[Loop]:
+    def opcodes(indices: Iterable[int]) -> dict[str, int]:
+        return dict(Counter(code[at].opcode for at in indices))
+
+    products = {at for at, instruction in enumerate(code) if re.match(MATRIX_OPCODE, instruction.opcode)}
+    return [
+        Loop(opcodes(loop.body), opcodes({*loop.body} - {*shortest_round(code, loop, products)}))
+        for loop in innermost_loops(code)
+    ]
 
 
 def _read_nvidia(asm: dict[str, Any]) -> SimpleNamespace:

@@ -39,7 +39,7 @@ class Case:
         return self.causal and self.heads == self.kv_heads and self.head_dim == block_d(self.head_dim)
 
 
-RAGGED = ("blocks", "dkdv")  # they have other code for a sequence that is no multiple of their block of rows
+RAGGED = ("forward", "blocks", "dq", "dkdv")  # they have other code for a sequence that is no multiple of their blocks
 VARIED = ("forward", "decode", "dq", "dkdv")  # the kernels that have a sliding window and a soft-cap
 # In machine code it counts that they are there: which window and which cap are arguments like any other.
 BOTH: dict[str, Any] = {"window": 100, "softcap": 30.0}

@@ -38,6 +38,7 @@ import torch
 import triton
 import triton.compiler.code_generator  # keeps references to parts of tl: must not see it patched when first imported
 import triton.language as tl
+from aot import present
 from strict_builder import StrictBuilder
 from strict_memory import (
     Guarded,
@@ -83,9 +84,13 @@ class _Rewriter(interpreter.FunctionRewriter):
             if not ast.unparse(loop.iter).split("(")[0].endswith("static_range"):  # which is no loop in machine code
                 name = ast.Name(id="_count_trips", ctx=ast.Load())
                 loop.iter = ast.copy_location(ast.Call(func=name, args=[loop.iter], keywords=[]), loop.iter)
+        for branch in (node for node in ast.walk(tree) if isinstance(node, ast.If)):
+            name = ast.Name(id="_count_branch", ctx=ast.Load())
+            branch.test = ast.copy_location(ast.Call(func=name, args=[branch.test], keywords=[]), branch.test)
         ast.fix_missing_locations(tree)
-        self.fn.__globals__["interpreter_semantic"] = SEMANTIC  # the rewritten code adds this name and the next
+        self.fn.__globals__["interpreter_semantic"] = SEMANTIC  # the rewritten code adds these names
         self.fn.__globals__["_count_trips"] = _count_trips
+        self.fn.__globals__["_count_branch"] = _count_branch
         namespace: dict[str, Any] = {}
         exec(compile(tree, filename=self.filename, mode="exec"), self.fn.__globals__, namespace)
         return namespace[self.fn.__name__]
@@ -93,6 +98,12 @@ class _Rewriter(interpreter.FunctionRewriter):
 
 def _count_trips(iterable: Iterable[Any]) -> Iterable[Any]:
     return BUILDER.counter.count_trips(iterable) if BUILDER.counter else iterable
+
+
+def _count_branch(condition: Any) -> Any:
+    if BUILDER.counter and isinstance(condition, tl.tensor) and condition:
+        BUILDER.counter.branch()
+    return condition
 
 
 _rewritten: dict[Callable[..., Any], Callable[..., Any]] = {}
@@ -180,7 +191,7 @@ def _reject_bf16(reduce: Callable[..., Any]) -> Callable[..., Any]:
 
 @contextlib.contextmanager
 def strict_interpreter(
-    seed: int = 0, *, poison: bool = True, counter: WorkCounter | None = None
+    seed: int = 0, *, poison: bool = True, counter: WorkCounter | None = None, target: str | None = None
 ) -> Iterator[WorkCounter | None]:
     """Interpret, strictly, every Triton kernel launched in this scope.
 
@@ -188,12 +199,15 @@ def strict_interpreter(
         seed: draws the order in which programs run; every order must give the same result.
         poison: `torch.empty` gives NaN inside the scope.
         counter: counts the work that is done; it is also what `with ... as` gives.
+        target: a name in `aot.TARGETS`; kernels that ask which GPU they are on find this one.
     """
     if interpreter.interpreter_builder is BUILDER:
         raise StrictError("strict_interpreter() does not nest")
     scope = interpreter._LangPatchScope()
     with contextlib.ExitStack() as stack:
         stack.callback(scope.restore)
+        if target is not None:
+            stack.enter_context(present(target))
         if poison:
             stack.enter_context(poisoned_empty())
         stack.enter_context(np.errstate(all="ignore"))  # inf - inf and overflow are ordinary on a GPU

@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 from aot import TARGETS, Loop, compile_launch, launch_of, record_launches
-from control_flow import Instruction, innermost_loops
+from control_flow import Instruction, innermost_loops, shortest_round
 from gate import launches_of, problems
 from launches import Case
 from triton.runtime import driver
@@ -332,7 +332,24 @@ def code_of(text):
         ("a jump:5? b jump:0? exit c jump:2", [[0, 1, 2, 3, 5, 6]]),  # and belongs to the loop that it leaves
         ("a SYNCS jump:1? " + "b " * 12 + "jump:0? exit", [list(range(16))]),  # waiting is part of the loop around it
         ("a exit jump:2", []),  # never reached
+        ("a jump:4 c d b jump:2? exit", [[2, 3, 4, 5]]),  # its end is laid out before its beginning, and runs into it
     ],
 )
 def test_innermost_loops(text, loops):
-    assert innermost_loops(code_of(text)) == loops
+    assert [loop.body for loop in innermost_loops(code_of(text))] == loops
+
+
+@pytest.mark.parametrize(
+    ("text", "always"),
+    [
+        ("a jump:3? HGMMA jump:5? HGMMA c jump:1? exit", [1, 2, 3, 4, 5, 6]),  # one thread asks for all the products
+        ("a b c jump:1? exit", [1, 2, 3]),
+        ("a b jump:4? mask c jump:1? exit", [1, 2, 4, 5]),
+        ("a b jump:6? c jump:1? exit mask mask jump:3", [1, 2, 3, 4]),  # behind the end
+        ("a b jump:5? c jump:6 mask d jump:1? exit", [1, 2, 5, 6, 7]),  # the shorter of two ways
+    ],
+)
+def test_the_shortest_way_around_a_loop(text, always):
+    code = code_of(text)
+    (loop,) = innermost_loops(code)
+    assert shortest_round(code, loop, {at for at, step in enumerate(code) if step.opcode == "HGMMA"}) == always

@@ -11,12 +11,12 @@ from aot import Loop, Report
 from cost_model import estimate
 from oracles import worst_error
 from peaks import PEAKS
-from static_report import COLUMNS, HERE, Row, count_work, extended, textbook, to_markdown
+from static_report import COLUMNS, HERE, Row, count_work, extended, own, textbook, to_markdown
 from strict_interpreter import strict_interpreter
 from textbook_backward import textbook_backward
 from work_counter import LaunchWork, LoopWork
 
-from fastchargpt.kernels.tuning import known_archs
+from fastchargpt.kernels.tuning import Config, known_archs
 
 
 def report_of(target="sm_80", warps=4, loops=(), **rest):
@@ -88,6 +88,15 @@ def test_loops_that_the_compiler_merged_count_on_average():
     assert found.tensor_repeated == pytest.approx(1.0)
 
 
+def test_what_a_branch_may_skip_counts_as_often_as_it_is_taken():
+    report = report_of(loops=[{"HMMA.16816.F32": 32, "FFMA": 100, "FSEL": 64}])
+    report = dataclasses.replace(report, loops=[Loop(report.loops[0].opcodes, skippable={"FSEL": 64})])
+    work = LaunchWork("k", programs=1, products=Counter({(64, 64, 64): 8}), loops=[LoopWork(8, 8, branches=2)])
+    found = estimate(report, work, heads=1, peak=PEAKS["sm_80"], matrix_loops=[0])
+    assert found.seconds["fp32"] == pytest.approx(8 * 100 * 128 / 64 / 1.41e9)
+    assert found.seconds["alu"] == pytest.approx(2 * 64 * 128 / 64 / 1.41e9)
+
+
 def test_iterations_that_the_pipeline_peeled_are_not_counted_twice():
     loop = {"HMMA.16816.F32": 32, "FFMA": 100}
     report = report_of(loops=[loop], **{"HMMA.16816.F32": 32, "FFMA": 100, "MOV": 7})
@@ -116,16 +125,18 @@ def test_the_textbook_backward_is_right(n_ctx, blocks):
     scores = scores.masked_fill(torch.ones(n_ctx, n_ctx).triu(1).bool(), float("-inf"))
     out = scores.softmax(-1) @ exact[2]
     out.backward(dout.double())
-    with strict_interpreter():
-        found = textbook_backward(q, k, v, out.detach().float(), scores.logsumexp(-1).float(), dout, blocks=blocks)
-    for gradient, x in zip(found, exact, strict=True):
-        assert worst_error(gradient, x.grad) < 2e-2  # tf32 products
+    for target in ("sm_80", "sm_90"):  # with two loops, and with one
+        with strict_interpreter(target=target):
+            found = textbook_backward(q, k, v, out.detach().float(), scores.logsumexp(-1).float(), dout, blocks=blocks)
+        for gradient, x in zip(found, exact, strict=True):
+            assert worst_error(gradient, x.grad) < 2e-2  # tf32 products
 
 
-def test_the_work_of_long_sequences_is_extrapolated_exactly():
-    run = textbook((32, 16, 4, 1))
-    counted = {length: count_work(run, length, 16) for length in (32, 64, 96)}
-    assert extended(counted, 192) == count_work(run, 192, 16)
+@pytest.mark.parametrize("run", [textbook((32, 16, 4, 1)), own((Config("forward", 32, 16, 4, 1),))])
+def test_the_work_of_long_sequences_is_extrapolated_exactly(run):
+    for target in ("sm_80", "sm_90"):
+        counted = {length: count_work(run, length, 16, target) for length in (32, 64, 96)}
+        assert extended(counted, 192) == count_work(run, 192, 16, target)
 
 
 def test_every_figure_is_labelled_an_estimate():

@@ -13,8 +13,8 @@ from strict_interpreter import (
     strict_interpreter,
     with_margins,
 )
+from triton.language.target_info import cuda_capability_geq
 from triton.runtime.jit import JITFunction
-from work_counter import WorkCounter
 
 # -- toy kernels: clean ones first, then one per bug
 
@@ -343,42 +343,25 @@ def test_missing_argument_is_refused():
         launch(race_kernel, (1,), torch.empty(8))
 
 
+@triton.jit
+def which_gpu_kernel(y_ptr):
+    if cuda_capability_geq(9):
+        tl.store(y_ptr, 90)
+    else:
+        tl.store(y_ptr, 0)
+
+
+def test_kernels_find_the_target_that_the_scope_names():
+    for target, found in (("sm_80", 0), ("sm_90", 90), (None, 0)):
+        y = torch.empty(1, dtype=torch.int32)
+        with strict_interpreter(target=target):
+            which_gpu_kernel[(1,)](y)
+        assert int(y) == found
+
+
 def test_scopes_do_not_nest():
     with strict_interpreter(), pytest.raises(StrictError, match="nest"), strict_interpreter():
         pass
-
-
-# -- counting work
-
-
-@triton.jit
-def triangle_kernel(x_ptr, y_ptr, n_blocks, BLOCK: tl.constexpr):
-    """Program i: i full products in one loop, two rounds of one in a nested loop, one after them."""
-    i = tl.program_id(0)
-    offs = tl.arange(0, BLOCK)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
-    acc = tl.zeros([BLOCK, BLOCK], tl.float32)
-    for _ in range(i):
-        acc = tl.dot(tl.load(x_ptr + offs), tl.load(x_ptr + offs), acc)
-    for _ in tl.range(2):
-        for _ in range(1):
-            acc = tl.dot(acc, acc)
-        for j in tl.static_range(3):
-            acc = tl.exp2(acc * j)
-    tl.store(y_ptr + i * BLOCK * BLOCK + offs, tl.dot(acc, acc))
-
-
-def test_the_counter_counts_trips_products_bytes_and_exponentials():
-    x, y = torch.zeros(16, 16), torch.empty(4, 16, 16)
-    with strict_interpreter(counter=WorkCounter()) as counter:
-        triangle_kernel[(4,)](x, y, 4, BLOCK=16)
-    (work,) = counter.launches
-    assert (work.kernel, work.programs) == ("triangle_kernel", 4)
-    assert work.products == {(16, 16, 16): 0 + 1 + 2 + 3 + 4 * 3}
-    assert work.multiply_adds == 18 * 16**3
-    assert (work.loaded, work.stored) == (6 * 2 * 1024, 4 * 1024)
-    assert (work.unique_loaded, work.unique_stored) == (1024, 4 * 1024)
-    assert work.exponentials == 4 * 2 * 3 * 256
-    assert [(loop.trips, loop.products) for loop in work.loops] == [(6, 6), (4, 4), (4, 4)]
 
 
 # -- memory equipment

@@ -3,6 +3,7 @@
 import functools
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -179,3 +180,19 @@ def test_a_broken_table_is_named(tmp_path: Path) -> None:
     (tmp_path / "sm_80.json").write_text('{"arch": "sm_80", "entries": [{"kernel": "forward"}]}')
     with pytest.raises(ConfigError, match=r"sm_80\.json cannot be read: KeyError"):
         tables.read_table(tmp_path / "sm_80.json", "sm_80")
+
+
+def test_an_entry_for_other_calls_serves_variants_of_plain_ones_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    def pair(kernel: str) -> tuple[Entry, ...]:
+        keys: dict[str, Any] = {"dtype": "half", "head_dim": 64, "max_length": None, "dropout": False}
+        fast = Entry(config=Config(kernel, 64, 64, 4, 2), variants="none", calls="plain", **keys)
+        return fast, Entry(config=Config(kernel, 32, 32, 4, 1), calls="other", **keys)
+
+    monkeypatch.setattr(tuning, "load_table", lambda arch: pair("forward") + pair("dq") + pair("dkdv"))
+    tuning._choose.cache_clear()
+    try:
+        for variant, plain, block in ((False, True, 64), (False, False, 32), (True, True, 32), (True, False, 32)):
+            plan = plan_for("sm_80", "half", 64, 1000, False, variant, plain)
+            assert {config.block_m for config in (plan.forward, *plan.backward)} == {block}
+    finally:
+        tuning._choose.cache_clear()

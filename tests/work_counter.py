@@ -21,6 +21,7 @@ class LoopWork:
 
     trips: int = 0
     products: int = 0  # tl.dot executed in it
+    branches: int = 0  # bodies of an `if` that a program decides executed in it
 
 
 @dataclasses.dataclass
@@ -74,6 +75,11 @@ class WorkCounter:
         if self._open:
             self._open[-1].products += 1
 
+    def branch(self) -> None:
+        """The body of an `if` whose condition is a tensor."""
+        if self._open:
+            self._open[-1].branches += 1
+
     def count_trips(self, iterable: Iterable[Any]) -> Iterator[Any]:
         """Pass an iterable of a `for` through, counting."""
         work, before = LoopWork(), self._reached
@@ -88,4 +94,5 @@ class WorkCounter:
                 loops.append(LoopWork())
             loops[before].trips += work.trips
             loops[before].products += work.products
+            loops[before].branches += work.branches
             self._reached += 1

@@ -56,14 +56,15 @@ def estimate(report: Report, work: LaunchWork, heads: int, peak: Peak, matrix_lo
     """
     body = _Code(report, work, peak)
     trips = [work.loops[at].trips if at < len(work.loops) else 0 for at in matrix_loops]
+    branches = [work.loops[at].branches if at < len(work.loops) else 0 for at in matrix_loops]
     compiled = report.matrix_loops
     matched = len(compiled) == len(trips)
     if not matched and compiled:
-        share = sum(trips) / len(compiled)
-        trips = [share] * len(compiled)
+        trips, branches = ([sum(numbers) / len(compiled)] * len(compiled) for numbers in (trips, branches))
     cycles: Counter[str] = Counter()
-    for loop, times in zip(compiled, trips, strict=bool(compiled)):
-        cycles.update({unit: times * cost for unit, cost in body.cycles(loop).items()})
+    for loop, times, taken in zip(compiled, trips, branches, strict=bool(compiled)):
+        cycles.update({unit: times * cost for unit, cost in body.cycles(loop.always).items()})
+        cycles.update({unit: taken * cost for unit, cost in body.cycles(Loop(loop.skippable)).items()})
     rest = Counter(report.opcodes)
     for loop in compiled:
         rest.subtract(loop.opcodes)

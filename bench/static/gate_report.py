@@ -23,7 +23,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 sys.path[:0] = [str(HERE), str(ROOT / "tests")]  # run as a script: the gate's equipment lives with the tests
 
-from aot import TARGETS  # noqa: E402
+from aot import TARGETS, Loop  # noqa: E402
 from gate import judge, launches_of  # noqa: E402
 from launches import Case, cases, run_kernel  # noqa: E402
 from strict_interpreter import strict_interpreter  # noqa: E402
@@ -65,7 +65,7 @@ class Row(NamedTuple):
     shared_limit: int
     tensor_memory: str
     instructions: str
-    instructions_per_tile: str  # of each loop with products in it; empty where the whole kernel is one tile
+    instructions_per_tile: str  # of each loop with products in it, "+" those for a mask; none if the kernel is one tile
     matrix_instructions_per_tile: str
     length: int  # of the sequence that the next three are counted for, where attention is plain
     matrix_products: float | str  # in units of one exact causal T x T x D product
@@ -172,7 +172,7 @@ def judge_entry(arguments: tuple[str, Entry, Case], *, counted: bool = True) -> 
         shared_limit=TARGETS[target].shared_limit,
         tensor_memory=each("tensor_memory"),
         instructions=" ".join(str(report.whole.instructions) for report in reports),
-        instructions_per_tile=" ".join(str(loop.instructions) for loop in loops),
+        instructions_per_tile=" ".join(map(_per_tile, loops)),
         matrix_instructions_per_tile=" ".join(str(loop.matrix_instructions) for loop in loops),
         length=length,
         matrix_products=products,
@@ -180,6 +180,12 @@ def judge_entry(arguments: tuple[str, Entry, Case], *, counted: bool = True) -> 
         bytes_lower_bound=fewest,
         verdict="; ".join(problems) or "ok",
     )
+
+
+def _per_tile(loop: Loop) -> str:
+    """A round's instructions; those that only some blocks need, behind a branch, apart: "298+69"."""
+    skippable = sum(loop.skippable.values())
+    return f"{loop.always.instructions}+{skippable}" if skippable else str(loop.instructions)
 
 
 def everything(*, thorough: bool) -> Iterator[tuple[str, Entry, Case]]:
@@ -233,6 +239,8 @@ def main() -> int:
             print(*(getattr(row, name) for name in SHOWN), flush=True)
             if not arguments.thorough:
                 write_record(kept + rows)  # each time: a run that is broken off need not start again
+    if not arguments.thorough:
+        write_record(kept + rows)  # where there was nothing to judge, there may still be less to record
     failed = [row for row in rows if row.verdict != "ok"]
     print(to_markdown(kept + rows))
     print(f"{len(rows)} judged, {len(kept)} kept, {len(failed)} failed", file=sys.stderr)

@@ -2,7 +2,7 @@
 
     python bench/static/make_tables.py sm_90 gfx942     # writes kernels/tuning/sm_90.json, gfx942.json; default: all
     python bench/static/make_tables.py --kernel dq dkdv --head-dim 64 --dtype half   # these anew, others stay
-    python bench/static/make_tables.py --mark           # all stay; which of them are for plain calls only
+    python bench/static/make_tables.py --mark           # all stay; where each may be used, anew
 
 An entry must pass (tests/gate.py) in every precision that it serves, with dropout and without; where only the plain
 kernel passes, the entry says so and another one serves dropout; so it is with grouped heads, heads narrower than a tile
@@ -101,7 +101,6 @@ FIRST: dict[tuple[str, str, int], dict[tuple[str, ...], list[Settings]]] = {
         ("gfx942",): [(128, 32, 4, 2)],
     },
     ("blocks", "half", 128): {
-        ("sm_100",): [(32, 64, 4, 1)],
         ("gfx942",): [(16, 64, 4, 2)],
     },
     ("dq", "half", 64): {
@@ -133,7 +132,7 @@ BLOCKS_UP_TO = {
     ("sm_100", 64): 256,
     ("gfx942", 64): 256,
     ("sm_80", 128): 128,
-    ("sm_100", 128): 256,
+    ("sm_100", 128): 0,  # there is none: what does not fit one tile takes two launches
 }
 BLOCKS_UP_TO_ELSEWHERE = 512
 
@@ -156,8 +155,9 @@ def slots(target: str, dtypes: Iterable[str], head_dims: Iterable[int]) -> Itera
     for dtype, head_dim in itertools.product(dtypes, head_dims):
         for kernel in ("forward", "decode", "dq", "dkdv"):
             yield kernel, dtype, head_dim, None
-        if dtype == "half" and head_dim in HALF["blocks"]:
-            yield "blocks", dtype, head_dim, BLOCKS_UP_TO.get((target, head_dim), BLOCKS_UP_TO_ELSEWHERE)
+        longest = BLOCKS_UP_TO.get((target, head_dim), BLOCKS_UP_TO_ELSEWHERE)
+        if dtype == "half" and head_dim in HALF["blocks"] and longest:
+            yield "blocks", dtype, head_dim, longest
         for length in TILES if dtype == "half" else EXACT_TILES:
             if length * head_dim <= 8192:
                 yield "tile", dtype, head_dim, length
@@ -195,12 +195,14 @@ def choose(target: str, kernel: str, dtype: str, head_dim: int, max_length: int 
 
 
 def mark(target: str, entries: list[Entry]) -> list[Entry]:
-    """The entries, each saying whether it is for plain calls only, and further ones for the other calls.
+    """The entries, each saying where a window and a soft-cap fit and whether it is for plain calls only; further ones
+    for the other calls.
 
     Two launches serve everything, so one-launch kernels get none; where no candidate passes, an entry for wider heads
     serves.
     """
     found = [dataclasses.replace(entry, calls="all") for entry in entries if entry.calls != "other"]
+    found = [dataclasses.replace(entry, variants=_variants(entry, target)) for entry in found]
     for at, entry in enumerate(found):
         rare = [case for case in cases(entry, found) if not case.plain]
         found[at] = dataclasses.replace(entry, calls="all" if _passes(entry.config, rare, target) else "plain")
@@ -217,6 +219,16 @@ def mark(target: str, entries: list[Entry]) -> list[Entry]:
     return found + spare
 
 
+def _variants(entry: Entry, target: str) -> str:
+    """Where a window and a soft-cap fit."""
+    wanted = [case for case in cases(dataclasses.replace(entry, variants="all")) if case.plain]
+    varied = [case for case in wanted if case.window is not None or case.softcap is not None]
+    if _passes(entry.config, varied, target):
+        return "all"
+    fits = entry.dropout and _passes(entry.config, [case for case in varied if not case.dropout], target)
+    return "no dropout" if fits else "none"
+
+
 def _spare(target: str, kernel: str, dtype: str, head_dim: int, dropout: bool) -> list[Entry]:
     """The first candidate with which everything passes, or none."""
     further = EXACT_SPARE if dtype == "fp32" and kernel != "decode" else []
@@ -225,11 +237,7 @@ def _spare(target: str, kernel: str, dtype: str, head_dim: int, dropout: bool) -
         entry = Entry(config=config, dtype=dtype, head_dim=head_dim, max_length=None, dropout=dropout)
         bare = [case for case in cases(entry) if case.window is None and case.softcap is None]
         if _passes(config, bare, target):
-            varied = [case for case in cases(entry) if case not in bare]
-            plain = [case for case in varied if not case.dropout]
-            fits = _passes(config, varied, target), _passes(config, plain, target) and dropout
-            variants = "all" if fits[0] else "no dropout" if fits[1] else "none"
-            return [dataclasses.replace(entry, variants=variants, calls="other")]
+            return [dataclasses.replace(entry, variants=_variants(entry, target), calls="other")]
     return []
 
 
@@ -237,7 +245,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("targets", nargs="*", default=SHIPPED)
     parser.add_argument("--kernel", nargs="+", choices=KERNELS, default=KERNELS, help="only these; others stay")
-    parser.add_argument("--mark", action="store_true", help="only find out which entries are for plain calls only")
+    parser.add_argument("--mark", action="store_true", help="only find out where each entry may be used")
     parser.add_argument("--dtype", nargs="+", choices=("half", "fp32"), default=("half", "fp32"))
     parser.add_argument("--head-dim", nargs="+", type=int, choices=HEAD_DIMS, default=HEAD_DIMS)
     arguments = parser.parse_args()

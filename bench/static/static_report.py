@@ -42,7 +42,7 @@ from work_counter import LaunchWork, LoopWork, WorkCounter  # noqa: E402
 
 from fastchargpt.kernels.tuning import Config, known_archs, plan_for  # noqa: E402
 
-__all__ = ["COLUMNS", "Row", "count_work", "extended", "rows", "textbook", "to_markdown"]
+__all__ = ["COLUMNS", "Row", "count_work", "extended", "own", "rows", "textbook", "to_markdown"]
 
 SEQUENCES = (64, 128, 256, 512, 1024, 2048)
 COUNTED = (128, 256, 512)  # where the work of longer sequences is extrapolated from
@@ -117,11 +117,11 @@ def own(configs: tuple[Config, ...]) -> Run:
 
 
 @functools.cache
-def count_work(run: Run, n_ctx: int, head_dim: int) -> list[LaunchWork]:
+def count_work(run: Run, n_ctx: int, head_dim: int, target: str) -> list[LaunchWork]:
     """What one head's launches do, counted in the interpreter; for long sequences extrapolated, exactly."""
     if n_ctx > COUNTED[-1]:
-        return extended({length: count_work(run, length, head_dim) for length in COUNTED}, n_ctx)
-    with strict_interpreter(counter=WorkCounter(), poison=False) as counter:
+        return extended({length: count_work(run, length, head_dim, target) for length in COUNTED}, n_ctx)
+    with strict_interpreter(counter=WorkCounter(), poison=False, target=target) as counter:
         run(1, 1, n_ctx, head_dim, "cpu")
     return counter.launches
 
@@ -152,7 +152,10 @@ def extended(counted: dict[int, list[LaunchWork]], n_ctx: int) -> list[LaunchWor
                 works[0].kernel,
                 **{name: at(getattr(work, name) for work in works) for name in names},
                 products=Counter({shape: at(work.products[shape] for work in works) for shape in shapes}),
-                loops=[LoopWork(at(x.trips for x in loop), at(x.products for x in loop)) for loop in loops],
+                loops=[
+                    LoopWork(*(at(getattr(x, name) for x in loop) for name in ("trips", "products", "branches")))
+                    for loop in loops
+                ],
             )
         )
     return found
@@ -167,8 +170,8 @@ def bound(
     with record_launches(target) as launches:
         run(batch, heads, n_ctx, head_dim, "meta")
     reports = [compile_launch(launch, target) for launch in launches]
-    works = count_work(run, n_ctx, head_dim)
-    everywhere = count_work(run, longest, head_dim)  # long enough to enter every loop
+    works = count_work(run, n_ctx, head_dim, target)
+    everywhere = count_work(run, longest, head_dim, target)  # long enough to enter every loop
     estimates: list[Estimate] = []
     for report, work, whole in zip(reports, works, everywhere, strict=True):
         assert report.kernel == work.kernel == whole.kernel

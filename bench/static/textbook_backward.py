@@ -3,8 +3,8 @@
 Written after FlashAttention-2 (Dao 2023, algorithm 2) without atomics, as most projects have it: delta = rowsum(dO * O)
 in a launch of its own; one program for each block of keys walks the queries and gives dK and dV; one for each block of
 queries walks the keys and gives dQ. Seven matrix products where five are needed, and the scores computed twice.
-bench/static/static_report.py puts its estimate beside that of the package's own backward. On Hopper it has what helps
-ours against ptxas (`waited_for`): what is compared is the way of computing.
+bench/static/static_report.py puts its estimate beside that of the package's own backward. It has what helps ours
+besides (`waited_for`, `one_loop`): what is compared is the way of computing.
 """
 
 import math
@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastchargpt.kernels.tiles import waited_for
+from fastchargpt.kernels.tiles import one_loop, waited_for
 
 __all__ = ["textbook_backward"]
 
@@ -50,7 +50,7 @@ def _store_tile(ptr, value, start, n_ctx, ROWS: tl.constexpr, HEAD_DIM: tl.const
 @triton.jit
 def _key_block_step(
     dk, dv, k, v, q_ptr, dout_ptr, lse_ptr, delta_ptr, start_m, start_n, n_ctx, scale_log2,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr, MASKED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr, MASK: tl.constexpr,
 ):  # fmt: skip
     """What one block of queries adds to dK and dV of one block of keys; all tiles transposed, [BLOCK_N, BLOCK_M]."""
     offs_m = start_m + tl.arange(0, BLOCK_M)
@@ -59,8 +59,12 @@ def _key_block_step(
     lse = tl.load(lse_ptr + offs_m, mask=offs_m < n_ctx, other=float("inf"))
     delta = tl.load(delta_ptr + offs_m, mask=offs_m < n_ctx, other=0.0)
     p_t = tl.exp2(tl.dot(k, tl.trans(q)) * scale_log2 - lse[None, :] * LOG2E)
-    if MASKED:
+    if MASK == "all":
         p_t = tl.where((start_n + tl.arange(0, BLOCK_N))[:, None] <= offs_m[None, :], p_t, 0.0)
+    elif MASK == "diagonal":
+        on_diagonal = start_m < start_n + BLOCK_N
+        if on_diagonal:
+            p_t = tl.where((start_n + tl.arange(0, BLOCK_N))[:, None] <= offs_m[None, :], p_t, 0.0)
     dv = tl.dot(p_t.to(dout.dtype), dout, dv)
     dp_t = tl.dot(v, tl.trans(dout))
     dk = waited_for(tl.dot((p_t * (dp_t - delta[None, :])).to(q.dtype), q, dk))
@@ -84,16 +88,14 @@ def dkdv_kernel(
     dk = tl.zeros([BLOCK_N, HEAD_DIM], tl.float32)
     dv = tl.zeros([BLOCK_N, HEAD_DIM], tl.float32)
     diagonal = min(start_n + BLOCK_N, n_ctx)
-    for start_m in range(start_n, diagonal, BLOCK_M):
-        dk, dv = _key_block_step(
-            dk, dv, k, v, q_ptr, dout_ptr, lse_ptr, delta_ptr, start_m, start_n, n_ctx, scale * LOG2E,
-            BLOCK_M, BLOCK_N, HEAD_DIM, True,
-        )  # fmt: skip
-    for start_m in range(start_n + BLOCK_N, n_ctx, BLOCK_M):
-        dk, dv = _key_block_step(
-            dk, dv, k, v, q_ptr, dout_ptr, lse_ptr, delta_ptr, start_m, start_n, n_ctx, scale * LOG2E,
-            BLOCK_M, BLOCK_N, HEAD_DIM, False,
-        )  # fmt: skip
+    starts = (start_n, start_n + BLOCK_N)
+    stops = (n_ctx if one_loop() else diagonal, n_ctx)
+    for loop in tl.static_range(1 if one_loop() else 2):
+        for start_m in range(starts[loop], stops[loop], BLOCK_M):
+            dk, dv = _key_block_step(
+                dk, dv, k, v, q_ptr, dout_ptr, lse_ptr, delta_ptr, start_m, start_n, n_ctx, scale * LOG2E,
+                BLOCK_M, BLOCK_N, HEAD_DIM, "diagonal" if one_loop() else ("all" if loop == 0 else "none"),
+            )  # fmt: skip
     _store_tile(dk_ptr + head * HEAD_DIM, dk * scale, start_n, n_ctx, BLOCK_N, HEAD_DIM)
     _store_tile(dv_ptr + head * HEAD_DIM, dv, start_n, n_ctx, BLOCK_N, HEAD_DIM)
 
@@ -101,15 +103,19 @@ def dkdv_kernel(
 @triton.jit
 def _query_block_step(
     dq, q, dout, lse, delta, k_ptr, v_ptr, start_m, start_n, n_ctx, scale_log2,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr, MASKED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr, MASK: tl.constexpr,
 ):  # fmt: skip
     """What one block of keys adds to dQ of one block of queries; tiles are [BLOCK_M, BLOCK_N]."""
     k = _tile(k_ptr, start_n, n_ctx, BLOCK_N, HEAD_DIM)
     v = _tile(v_ptr, start_n, n_ctx, BLOCK_N, HEAD_DIM)
     p = tl.exp2(tl.dot(q, tl.trans(k)) * scale_log2 - lse[:, None] * LOG2E)
-    if MASKED:
-        offs_m, offs_n = start_m + tl.arange(0, BLOCK_M), start_n + tl.arange(0, BLOCK_N)
+    offs_m, offs_n = start_m + tl.arange(0, BLOCK_M), start_n + tl.arange(0, BLOCK_N)
+    if MASK == "all":
         p = tl.where(offs_n[None, :] <= offs_m[:, None], p, 0.0)
+    elif MASK == "diagonal":
+        on_diagonal = start_n >= start_m
+        if on_diagonal:
+            p = tl.where(offs_n[None, :] <= offs_m[:, None], p, 0.0)
     dp = tl.dot(dout, tl.trans(v))
     return waited_for(tl.dot((p * (dp - delta[:, None])).to(k.dtype), k, dq))
 
@@ -130,16 +136,15 @@ def dq_kernel(
     lse = tl.load(lse_ptr + head + offs_m, mask=offs_m < n_ctx, other=float("inf"))
     delta = tl.load(delta_ptr + head + offs_m, mask=offs_m < n_ctx, other=0.0)
     dq = tl.zeros([BLOCK_M, HEAD_DIM], tl.float32)
-    for start_n in range(0, start_m, BLOCK_N):
-        dq = _query_block_step(
-            dq, q, dout, lse, delta, k_ptr, v_ptr, start_m, start_n, n_ctx, scale * LOG2E,
-            BLOCK_M, BLOCK_N, HEAD_DIM, False,
-        )  # fmt: skip
-    for start_n in range(start_m, min(start_m + BLOCK_M, n_ctx), BLOCK_N):
-        dq = _query_block_step(
-            dq, q, dout, lse, delta, k_ptr, v_ptr, start_m, start_n, n_ctx, scale * LOG2E,
-            BLOCK_M, BLOCK_N, HEAD_DIM, True,
-        )  # fmt: skip
+    end = min(start_m + BLOCK_M, n_ctx)
+    starts = (0, start_m)
+    stops = (end if one_loop() else start_m, end)
+    for loop in tl.static_range(1 if one_loop() else 2):
+        for start_n in range(starts[loop], stops[loop], BLOCK_N):
+            dq = _query_block_step(
+                dq, q, dout, lse, delta, k_ptr, v_ptr, start_m, start_n, n_ctx, scale * LOG2E,
+                BLOCK_M, BLOCK_N, HEAD_DIM, "diagonal" if one_loop() else ("none" if loop == 0 else "all"),
+            )  # fmt: skip
     _store_tile(dq_ptr + head * HEAD_DIM, dq * scale, start_m, n_ctx, BLOCK_M, HEAD_DIM)
 
 
