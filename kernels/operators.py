@@ -1,7 +1,7 @@
 """Registers operators with torch's dispatcher.
 
 `torch.library.custom_op` and `register_autograd` make the same entries and do more at every call, for cases that are
-not ours: half of what a call of attention took on the host was theirs.
+not ours: 40 us of a call of attention and its backward, which without them takes the host 100.
 """
 
 from collections.abc import Callable
