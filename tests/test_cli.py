@@ -378,6 +378,7 @@ def test_ctrl_c_leaves_the_text_so_far(trained: Path) -> None:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a suite in the background ignores it
     )
     assert process.stdout is not None
     shown = process.stdout.read(50)
