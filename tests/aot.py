@@ -35,7 +35,19 @@ from triton.runtime import driver
 from triton.runtime.jit import JITCallable, JITFunction
 from ttir import loops_with_dots, narrow_products
 
-__all__ = ["TARGETS", "Launch", "Loop", "Report", "Target", "compile_launch", "launch_of", "present", "record_launches"]
+__all__ = [
+    "TARGETS",
+    "FakeDriver",
+    "Launch",
+    "Loop",
+    "Report",
+    "Target",
+    "compile_launch",
+    "installed",
+    "launch_of",
+    "present",
+    "record_launches",
+]
 
 HERE = Path(__file__).resolve().parent
 CACHE = HERE.parent / "build" / "aot"
@@ -196,7 +208,7 @@ class Report:
 # -- recording launches
 
 
-class _FakeDriver:
+class FakeDriver:
     """Stands in for a GPU driver, so that Triton specialises launches for a chosen target."""
 
     def __init__(self, target: Target) -> None:
@@ -220,14 +232,19 @@ class _FakeDriver:
 
 
 @contextlib.contextmanager
-def present(target: str) -> Iterator[None]:
-    """Within this scope Triton finds the target's GPU: kernels may ask for it (`triton.language.target_info`)."""
+def installed(stand_in: FakeDriver) -> Iterator[None]:
+    """Within this scope it is the driver that Triton uses."""
     active = driver._active
-    driver.set_active(_FakeDriver(TARGETS[target]))
+    driver.set_active(stand_in)
     try:
         yield
     finally:
         driver._active = active
+
+
+def present(target: str) -> contextlib.AbstractContextManager[None]:
+    """Within this scope Triton finds the target's GPU: kernels may ask for it (`triton.language.target_info`)."""
+    return installed(FakeDriver(TARGETS[target]))
 
 
 @contextlib.contextmanager

@@ -18,10 +18,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-from triton.backends.compiler import GPUTarget
+from aot import TARGETS, FakeDriver, installed
 from triton.backends.nvidia.driver import CudaLauncher, CudaUtils
-from triton.runtime import driver
 
 __all__ = ["COMPILER", "Launched", "build", "environment", "fake_driver", "recorded_driver"]
 
@@ -55,32 +53,17 @@ def environment(folder: Path) -> dict[str, str]:
     return os.environ | {"TRITON_LIBCUDA_PATH": str(folder), "LD_LIBRARY_PATH": str(folder)}
 
 
-@contextlib.contextmanager
-def fake_driver(launcher: type[CudaLauncher] = CudaLauncher, capability: int = 80) -> Iterator[None]:
-    """Within this scope Triton finds a GPU of that compute capability, and launches on it come to nothing."""
+def fake_driver(launcher: type[CudaLauncher] = CudaLauncher) -> contextlib.AbstractContextManager[None]:
+    """Within this scope Triton finds an A100, and launches on it come to nothing."""
 
-    class Driver:
+    class Driver(FakeDriver):
         utils = CudaUtils()
         launcher_cls = launcher
 
-        def get_current_target(self) -> GPUTarget:
-            return GPUTarget("cuda", capability, 32)
-
         def get_current_device(self) -> int:
-            return 0
+            return 0  # a number, which the fake driver is asked about
 
-        def get_current_stream(self, device: int) -> int:
-            return 0
-
-        def get_active_torch_device(self) -> torch.device:
-            return torch.device("cpu")
-
-    active = driver._active
-    driver.set_active(Driver())
-    try:
-        yield
-    finally:
-        driver._active = active
+    return installed(Driver(TARGETS["sm_80"]))
 
 
 @contextlib.contextmanager
