@@ -17,7 +17,7 @@ from . import flash_backward, flash_decode, flash_flops, flash_forward, flash_sh
 from .launch import Problem, problem_of
 from .operators import differentiable, operator
 from .packed import by_head, unpack
-from .window import hiding, seen_keys
+from .window import hiding, keys_seen, seen_keys
 
 __all__ = ["attention", "attention_packed", "describe"]
 
@@ -69,8 +69,8 @@ def describe(problem: Problem) -> str:
     window, softcap = problem.window, problem.softcap
     problem = problem._replace(window=hiding(window, tk))
     plan = tuning.plan(problem)
-    seen = tk if window is None else min(tk, tq + window)
-    decoding = _pieces(problem._replace(k_shape=(*problem.k_shape[:2], seen, problem.k_shape[3])), plan) > 1
+    read = (*problem.k_shape[:2], keys_seen(tq, tk, window), problem.k_shape[3])
+    decoding = _pieces(problem._replace(k_shape=read), plan) > 1
     backward = " and ".join(f"{c.kernel} {c.block_m}x{c.block_n}" for c in plan.backward)
     forward = "decode, split over the keys" if decoding else f"tiled {plan.forward.block_m}x{plan.forward.block_n}"
     text = f"table {tuning.arch_of(problem.device)}; forward {forward}; backward {backward}, "

@@ -2,12 +2,17 @@
 
 import torch
 
-__all__ = ["hiding", "seen_keys"]
+__all__ = ["hiding", "keys_seen", "seen_keys"]
 
 
 def hiding(window: int | None, tk: int) -> int | None:
     """The window, or None where it hides none of tk keys from any query."""
     return None if window is None or window >= tk - 1 else window
+
+
+def keys_seen(tq: int, tk: int, window: int | None) -> int:
+    """How many of tk keys, the last of them, any of tq queries sees."""
+    return tk if window is None else min(tk, tq + window)
 
 
 def seen_keys(
@@ -17,8 +22,7 @@ def seen_keys(
 
     One query (decoding) sees all that is left, so nothing remains to be hidden from it.
     """
-    if window is not None:
-        first = k.shape[2] - q.shape[2] - window  # that the first query sees
-        if first > 0:
-            k, v = k[:, :, first:], v[:, :, first:]
+    first = k.shape[2] - keys_seen(q.shape[2], k.shape[2], window)
+    if first > 0:
+        k, v = k[:, :, first:], v[:, :, first:]
     return k, v, hiding(window, k.shape[2])
