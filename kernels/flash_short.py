@@ -152,7 +152,7 @@ def backward_blocks_kernel(
     RAGGED: tl.constexpr,
     HAS_DLSE: tl.constexpr,
 ):
-    """Grid: (cdiv(max(tq, tk), BLOCK_N) * B * Hkv,)."""
+    """Grid: (cdiv(max(tq, tk), BLOCK_N) * B * Hkv,). RAGGED: tq or tk is no multiple of BLOCK_M."""
     blocks = tl.cdiv(tl.maximum(tq, tk), BLOCK_N)
     start = tl.program_id(0) % blocks * BLOCK_N
     kv_heads = heads // group

@@ -71,7 +71,9 @@ class Entry:
     max_length: int | None  # the longest of Tq and Tk that it serves; None is any
     dropout: bool  # whether it was checked with dropout on
     variants: str = "all"  # where a sliding window and a soft-cap fit the registers: "all", "no dropout" or "none"
-    calls: str = "all"  # which of `launch.is_plain` fit: "all", "plain" or, where those have better settings, "other"
+    # Which of `launch.is_plain` fit: "all", "plain" or, where those have better settings, "other"; the last may serve
+    # plain ones with a window or a soft-cap too, where what serves these has no registers for that.
+    calls: str = "all"
 
     def has_variants(self, dropout: bool) -> bool:
         """Whether a sliding window or a soft-cap may be launched with these settings."""

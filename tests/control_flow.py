@@ -57,9 +57,12 @@ def shortest_round(code: Code, loop: Loop, needed: Container[int] = ()) -> list[
     products) stands behind a branch too, and is needed.
     """
     inside, came_from, todo = set(loop.body), {loop.header: loop.header}, deque([loop.header])
+    onward = [[to for to in _successors(code, at) if to in inside and to != loop.header] for at in range(len(code))]
     while True:  # breadth first, so the first to come back came the shortest way
         at = todo.popleft()
-        nexts = _ways(code, at, inside, loop.header, needed)
+        nexts = [to for to in _successors(code, at) if to in inside]
+        if len(nexts) == 2:
+            nexts = _ways(onward, nexts, needed)
         if loop.header in nexts:
             break
         for to in nexts:
@@ -73,13 +76,9 @@ def shortest_round(code: Code, loop: Loop, needed: Container[int] = ()) -> list[
     return sorted(round_)
 
 
-def _ways(code: Code, at: int, inside: set[int], header: int, needed: Container[int]) -> list[int]:
-    """Where in a loop an instruction may lead to, without the way of two that goes around what is needed."""
-    nexts = [to for to in _successors(code, at) if to in inside]
-    if len(nexts) < 2:
-        return nexts
-    edges = [[to for to in _successors(code, step) if to in inside and to != header] for step in range(len(code))]
-    ahead = [_reachable(edges, to, without=len(code)) for to in nexts]
+def _ways(onward: list[list[int]], nexts: list[int], needed: Container[int]) -> list[int]:
+    """Of two ways on from a branch those that leave out nothing needed; `onward` are the edges of one round."""
+    ahead = [_reachable(onward, to, without=len(onward)) for to in nexts]
     alone = (ahead[0] - ahead[1], ahead[1] - ahead[0])
     kept = [to for to, steps in zip(nexts, alone, strict=True) if any(step in needed for step in steps)]
     return kept or nexts

@@ -49,10 +49,7 @@ class Row(NamedTuple):
     head_dim: int
     max_length: str
     dropout: bool
-    variant: (
-        str  # of "window", "softcap", "ragged" (a sequence that is no multiple of the block), "unmasked", "grouped"
-    )
-    # (heads that share keys) and "narrow" (heads not as wide as a tile) those there are
+    variant: str  # what `variant_of` says
     block_m: int
     block_n: int
     warps: int
@@ -75,7 +72,10 @@ class Row(NamedTuple):
 
 
 def variant_of(case: Case) -> str:
-    """What a case has besides plain attention, in words."""
+    """What a case has besides plain attention, in words.
+
+    Ragged: T is no multiple of the block. Grouped: heads share keys. Narrow: heads are not as wide as a tile.
+    """
     found = {name: getattr(case, name) is not None for name in ("window", "softcap")} | {
         "ragged": case.length % 2,
         "unmasked": not case.causal,

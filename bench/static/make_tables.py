@@ -195,8 +195,7 @@ def choose(target: str, kernel: str, dtype: str, head_dim: int, max_length: int 
 
 
 def mark(target: str, entries: list[Entry]) -> list[Entry]:
-    """The entries, each saying where a window and a soft-cap fit and whether it is for plain calls only; further ones
-    for the other calls.
+    """The entries, each saying anew where it may be used (`variants`, `calls`), and further ones for the other calls.
 
     Two launches serve everything, so one-launch kernels get none; where no candidate passes, an entry for wider heads
     serves.
