@@ -24,7 +24,8 @@ from .backward_steps import (
     padded_rows,
 )
 from .launch import LAUNCHES_KEPT, Launch, Problem, Strides
-from .tiles import exponent, head_of, load_tile, store_tile
+from .philox_tile import Dropout
+from .tiles import Form, Softmax, exponent, head_of, load_tile, store_tile
 from .tuning import Config
 
 __all__ = ["backward", "backward_dkdv_kernel", "backward_dq_kernel"]
@@ -71,9 +72,9 @@ def backward_dq_kernel(
     HAS_DLSE: tl.constexpr,
 ):
     """What is kept for the second launch, and dq. Grid: (cdiv(tq, BLOCK_M) * B * Hq,)."""
-    blocks = tl.cdiv(tq, BLOCK_M)
-    start_m = (blocks - 1 - tl.program_id(0) % blocks) * BLOCK_M  # the longest rows first
-    batch_head = tl.program_id(0) // blocks
+    count = tl.cdiv(tq, BLOCK_M)
+    start_m = (count - 1 - tl.program_id(0) % count) * BLOCK_M  # the longest rows first
+    batch_head = tl.program_id(0) // count
     batch = batch_head // heads
     head = batch_head % heads
     rows_before = tl.cast(batch_head, tl.int64) * tq
@@ -92,11 +93,10 @@ def backward_dq_kernel(
     lse = lse_of_rows(lse_ptr + rows_before, start_m, tq, q, BLOCK_M)
     kept_before = tl.cast(batch_head, tl.int64) * padded_rows(tq)
     keep_rows(kept_lse_ptr + kept_before, kept_delta_ptr + kept_before, lse, delta, start_m, tq, BLOCK_M)
-    dq = dq_of_block(
-        q, dout, lse, delta, k_head, v_head, (seed_ptr, batch, head, threshold), start_m, tq, tk,
-        exponent(tl.abs(scale), q), keep_scale, window, softcap,
-        HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, CAUSAL, DROPOUT, PRECISION, RAGGED,
-    )  # fmt: skip
+    softmax = Softmax(tq, tk, exponent(tl.abs(scale), q), window, softcap)
+    dropout = Dropout(seed_ptr, batch, head, threshold, keep_scale)
+    FORM: tl.constexpr = Form(HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, CAUSAL, NEGATE, DROPOUT, PRECISION, RAGGED)
+    dq = dq_of_block(q, dout, lse, delta, k_head, v_head, softmax, dropout, start_m, FORM)
     dq_head = head_of(dq_ptr, dq_strides, batch, head, ALIGN)
     store_tile(dq_head, dq * scale, start_m, tq, BLOCK_M, HEAD_DIM, BLOCK_D)
 
@@ -139,27 +139,28 @@ def backward_dkdv_kernel(
     RAGGED: tl.constexpr,
 ):
     """dk and dv. Grid: (cdiv(tk, BLOCK_N) * B * Hkv,)."""
-    blocks = tl.cdiv(tk, BLOCK_N)
-    start_n = tl.program_id(0) % blocks * BLOCK_N  # the keys that most rows see first
+    count = tl.cdiv(tk, BLOCK_N)
+    start_n = tl.program_id(0) % count * BLOCK_N  # the keys that most rows see first
     kv_heads = heads // group
-    batch = tl.program_id(0) // blocks // kv_heads
-    kv_head = tl.program_id(0) // blocks % kv_heads
+    batch = tl.program_id(0) // count // kv_heads
+    kv_head = tl.program_id(0) // count % kv_heads
     k_head = head_of(k_ptr, k_strides, batch, kv_head, ALIGN)
     v_head = head_of(v_ptr, v_strides, batch, kv_head, ALIGN)
     k = load_tile(k_head, start_n, tk, BLOCK_N, HEAD_DIM, BLOCK_D, True)
     v = load_tile(v_head, start_n, tk, BLOCK_N, HEAD_DIM, BLOCK_D, True)
     dk = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32)
     dv = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32)
+    softmax = Softmax(tq, tk, exponent(tl.abs(scale), k), window, softcap)
+    FORM: tl.constexpr = Form(HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, CAUSAL, NEGATE, DROPOUT, PRECISION, RAGGED)
     for member in range(group):
         head = kv_head * group + member
         q_head = head_of(q_ptr, q_strides, batch, head, ALIGN)
         dout_head = head_of(dout_ptr, dout_strides, batch, head, ALIGN)
         before = (tl.cast(batch, tl.int64) * heads + head) * padded_rows(tq)
+        dropout = Dropout(seed_ptr, batch, head, threshold, keep_scale)
         dk, dv = dkdv_of_block(
             dk, dv, k, v, q_head, dout_head, dout_head, kept_lse_ptr + before, kept_delta_ptr + before, kept_lse_ptr,
-            (seed_ptr, batch, head, threshold), start_n, tq, tk,
-            exponent(tl.abs(scale), k), keep_scale, window, softcap,
-            HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, CAUSAL, NEGATE, DROPOUT, PRECISION, RAGGED, False, False,
+            softmax, dropout, start_n, FORM, False, False,
         )  # fmt: skip
     dk_head = head_of(dk_ptr, dk_strides, batch, kv_head, ALIGN)
     dv_head = head_of(dv_ptr, dv_strides, batch, kv_head, ALIGN)

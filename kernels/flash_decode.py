@@ -69,10 +69,10 @@ def decode_split_kernel(
     columns = tl.arange(0, BLOCK_D)
     member, query = rows // tq, rows % tq
     _, stride_qh, _, _ = aligned(q_strides, ALIGN)
-    q_head, stride_qt, stride_qd = head_of(q_ptr, q_strides, batch, kv_head * group, ALIGN)
-    q_rows = q_head + (member.to(tl.int64) * stride_qh + query.to(tl.int64) * stride_qt)[:, None]
+    q_head = head_of(q_ptr, q_strides, batch, kv_head * group, ALIGN)
+    q_rows = q_head.ptr + (member.to(tl.int64) * stride_qh + query.to(tl.int64) * q_head.stride_t)[:, None]
     mask_q = (rows < group * tq)[:, None] & (columns < HEAD_DIM)[None, :]
-    q = tl.load(q_rows + columns.to(tl.int64)[None, :] * stride_qd, mask=mask_q, other=0.0)  # [BLOCK_M, BLOCK_D]
+    q = tl.load(q_rows + columns.to(tl.int64)[None, :] * q_head.stride_d, mask=mask_q, other=0.0)  # [BLOCK_M, BLOCK_D]
     if NEGATE:
         q = -q
     to_exponent = exponent(tl.abs(scale), q)
@@ -154,10 +154,10 @@ def decode_merge_kernel(
         acc = acc * decay + tl.sum(weights[:, None] * parts, 0)
         top = new_top
     safe_total = tl.where(total == 0.0, 1.0, total)
-    out_head, stride_ot, stride_od = head_of(out_ptr, out_strides, batch, head, 1)
-    out_row = out_head + tl.cast(query, tl.int64) * stride_ot
+    out_head = head_of(out_ptr, out_strides, batch, head, 1)
+    out_row = out_head.ptr + tl.cast(query, tl.int64) * out_head.stride_t
     out = (acc / safe_total).to(out_ptr.dtype.element_ty)
-    tl.store(out_row + columns.to(tl.int64) * stride_od, out, mask=columns < HEAD_DIM)
+    tl.store(out_row + columns.to(tl.int64) * out_head.stride_d, out, mask=columns < HEAD_DIM)
     tl.store(lse_ptr + row, tl.where(total == 0.0, float("-inf"), top + tl.log(safe_total)))
 
 

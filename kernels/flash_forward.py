@@ -16,50 +16,25 @@ import triton
 import triton.language as tl
 
 from .launch import LAUNCHES_KEPT, Launch, Problem, Strides
-from .philox_tile import keep_tile
+from .loops import key_blocks, keys_at_edge, loops, mask_in, one_loop, spans, waited_for
+from .philox_tile import Dropout, keep_tile
 from .tiles import (
     LN2,
     LOWEST,
-    causal_mask,
+    Form,
+    Softmax,
     exponent,
     exponential,
     head_of,
-    key_blocks,
     load_tile,
-    loops,
-    mask_in,
     natural,
-    one_loop,
+    seen,
     store_tile,
     tanh_of_scores,
-    waited_for,
-    window_mask,
 )
 from .tuning import Config
 
 __all__ = ["attention_forward_kernel", "forward"]
-
-
-@triton.jit
-def _seen_scores(
-    scores,  # [BLOCK_M, BLOCK_N]
-    start_m,
-    n,
-    tq,
-    tk,
-    window,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    CAUSAL: tl.constexpr,
-):
-    """The scores, -inf where a query does not see a key."""
-    if CAUSAL:  # no valid row sees a key beyond tk
-        seen = causal_mask(start_m, n, tk - tq, BLOCK_M, BLOCK_N)
-    else:
-        seen = (tl.arange(0, BLOCK_N) < tk - n)[None, :]
-    if window is not None:
-        seen &= window_mask(start_m, n, tk - tq, window, BLOCK_M, BLOCK_N)
-    return tl.where(seen, scores, float("-inf"))
 
 
 @triton.jit
@@ -70,48 +45,32 @@ def _forward_step(
     q,  # [BLOCK_M, BLOCK_D]
     k_head,
     v_head,
-    dropout,  # as keep_tile takes it
+    softmax,
+    dropout,
     start_m,
     n,
-    inside,
-    full,
-    tq,
-    tk,
-    scale,  # by which scores become exponents, not 0: a mask's -inf is multiplied by it
-    window,
-    softcap,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    MASK: tl.constexpr,  # "none", "all", or "edges": blocks before `inside` and from `full` on
-    DROPOUT: tl.constexpr,
-    PRECISION: tl.constexpr,
-    RAGGED: tl.constexpr,
+    blocks,
+    MASK: tl.constexpr,
+    FORM: tl.constexpr,
 ):
     """One block of keys, n .. n + BLOCK_N."""
-    k = load_tile(k_head, n, tk, BLOCK_N, HEAD_DIM, BLOCK_D, RAGGED and MASK != "none")
-    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
-    if softcap is not None:
-        scores = tanh_of_scores(scores, scale, softcap, q)
-        scale = exponent(softcap, q)
-    if MASK == "all":
-        scores = _seen_scores(scores, start_m, n, tq, tk, window, BLOCK_M, BLOCK_N, CAUSAL)
-    elif MASK == "edges":
-        edge = n >= full
-        if window is not None:
-            edge |= n < inside
-        if edge:
-            scores = _seen_scores(scores, start_m, n, tq, tk, window, BLOCK_M, BLOCK_N, CAUSAL)
+    MASK_ROWS: tl.constexpr = FORM.RAGGED and MASK != "none"
+    k = load_tile(k_head, n, softmax.tk, FORM.BLOCK_N, FORM.HEAD_DIM, FORM.BLOCK_D, MASK_ROWS)
+    scores = tl.dot(q, tl.trans(k), input_precision=FORM.PRECISION)  # [BLOCK_M, BLOCK_N]
+    scale = softmax.scale
+    if softmax.softcap is not None:
+        scores = tanh_of_scores(scores, scale, softmax.softcap, q)
+        scale = exponent(softmax.softcap, q)
+    if MASK == "all" or (MASK == "edges" and keys_at_edge(n, blocks, softmax)):
+        scores = tl.where(seen(start_m, n, softmax, FORM), scores, float("-inf"))
     new_top = tl.maximum(top, tl.max(scores, 1) * scale)  # LOWEST for a row that has seen nothing yet
     p = exponential(scores * scale - new_top[:, None], q)
     decay = exponential(top - new_top, q)
     total = total * decay + tl.sum(p, 1)
-    if DROPOUT:
-        p = tl.where(keep_tile(dropout, start_m, n, BLOCK_M, BLOCK_N), p, 0.0)
-    v = load_tile(v_head, n, tk, BLOCK_N, HEAD_DIM, BLOCK_D, RAGGED and MASK != "none")
-    acc = tl.dot(p.to(v.dtype), v, acc * decay[:, None], input_precision=PRECISION)
+    if FORM.DROPOUT:
+        p = tl.where(keep_tile(dropout, start_m, n, FORM.BLOCK_M, FORM.BLOCK_N), p, 0.0)
+    v = load_tile(v_head, n, softmax.tk, FORM.BLOCK_N, FORM.HEAD_DIM, FORM.BLOCK_D, MASK_ROWS)
+    acc = tl.dot(p.to(v.dtype), v, acc * decay[:, None], input_precision=FORM.PRECISION)
     return waited_for(acc), new_top, total
 
 
@@ -134,8 +93,8 @@ def attention_forward_kernel(
     scale,
     threshold,
     keep_scale,
-    window,  # keys that a query sees behind it; None, which no machine code is left of, is all
-    softcap,  # what bounds the scores, or None
+    window,
+    softcap,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -147,37 +106,34 @@ def attention_forward_kernel(
     ALIGN: tl.constexpr,
     RAGGED: tl.constexpr,
 ):
-    """Grid: (cdiv(tq, BLOCK_M) * B * Hq,); NEGATE where scale is negative: q is negated, and |scale| used."""
-    blocks = tl.cdiv(tq, BLOCK_M)
-    start_m = (blocks - 1 - tl.program_id(0) % blocks) * BLOCK_M  # the longest rows first
-    batch_head = tl.program_id(0) // blocks
+    """Grid: (cdiv(tq, BLOCK_M) * B * Hq,)."""
+    count = tl.cdiv(tq, BLOCK_M)
+    start_m = (count - 1 - tl.program_id(0) % count) * BLOCK_M  # the longest rows first
+    batch_head = tl.program_id(0) // count
     batch = batch_head // heads
     head = batch_head % heads
     q_head = head_of(q_ptr, q_strides, batch, head, ALIGN)
     k_head = head_of(k_ptr, k_strides, batch, head // group, ALIGN)
     v_head = head_of(v_ptr, v_strides, batch, head // group, ALIGN)
     out_head = head_of(out_ptr, out_strides, batch, head, ALIGN)
-    dropout = (seed_ptr, batch, head, threshold)
+    dropout = Dropout(seed_ptr, batch, head, threshold, keep_scale)
+    FORM: tl.constexpr = Form(HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, CAUSAL, NEGATE, DROPOUT, PRECISION, RAGGED)
+    ONE_LOOP: tl.constexpr = one_loop()
 
     q = load_tile(q_head, start_m, tq, BLOCK_M, HEAD_DIM, BLOCK_D, True)
     if NEGATE:
         q = -q
-    to_exponent = exponent(tl.abs(scale), q)
+    softmax = Softmax(tq, tk, exponent(tl.abs(scale), q), window, softcap)
     acc = tl.zeros((BLOCK_M, BLOCK_D), dtype=tl.float32)
     top = tl.full((BLOCK_M,), LOWEST, dtype=tl.float32)
     total = tl.zeros((BLOCK_M,), dtype=tl.float32)
-
-    begin, inside, full, end = key_blocks(start_m, tq, tk, window, BLOCK_M, BLOCK_N, CAUSAL)
-    ONE_LOOP: tl.constexpr = one_loop()
-    starts = (begin, inside, full)
-    stops = (end if ONE_LOOP else inside, full, end)
+    blocks = key_blocks(start_m, softmax, FORM)
+    ranges = spans(blocks, ONE_LOOP)
     for loop in tl.static_range(loops(ONE_LOOP)):
-        for n in range(starts[loop], stops[loop], BLOCK_N):
+        for n in range(ranges[loop][0], ranges[loop][1], BLOCK_N):
             acc, top, total = _forward_step(
-                acc, top, total, q, k_head, v_head, dropout, start_m, n, inside, full, tq, tk, to_exponent, window,
-                softcap, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, CAUSAL, mask_in(loop, ONE_LOOP), DROPOUT, PRECISION,
-                RAGGED,
-            )  # fmt: skip
+                acc, top, total, q, k_head, v_head, softmax, dropout, start_m, n, blocks, mask_in(loop, ONE_LOOP), FORM
+            )
 
     blind = total == 0.0  # rows that see nothing: out 0, lse -inf
     safe_total = tl.where(blind, 1.0, total)

@@ -18,8 +18,8 @@ import triton.language as tl
 
 from .backward_steps import delta_of_rows, dkdv_of_block, dq_of_block, lse_of_rows
 from .launch import LAUNCHES_KEPT, Launch, Problem, Strides
-from .philox_tile import keep_tile
-from .tiles import causal_mask, exponent, exponential, head_of, load_rows, load_tile, store_tile
+from .philox_tile import Dropout, keep_tile
+from .tiles import Form, Softmax, causal_mask, exponent, exponential, head_of, load_rows, load_tile, store_tile
 from .tuning import Config
 
 __all__ = ["backward", "backward_blocks_kernel", "backward_tile_kernel"]
@@ -91,7 +91,7 @@ def backward_tile_kernel(
         dout = load_tile(dout_head, 0, tq, BLOCK_M, HEAD_DIM, BLOCK_D, True)
         dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
         if DROPOUT:
-            keep = keep_tile((seed_ptr, batch, head, threshold), 0, 0, BLOCK_M, BLOCK_N)
+            keep = keep_tile(Dropout(seed_ptr, batch, head, threshold, keep_scale), 0, 0, BLOCK_M, BLOCK_N)
             dropped = tl.where(keep, p, 0.0)
             dp = tl.where(keep, dp * keep_scale, 0.0)
             dv = tl.dot(tl.trans(dropped.to(dout.dtype)), dout, dv, input_precision=PRECISION)
@@ -153,11 +153,11 @@ def backward_blocks_kernel(
     HAS_DLSE: tl.constexpr,
 ):
     """Grid: (cdiv(max(tq, tk), BLOCK_N) * B * Hkv,). RAGGED: tq or tk is no multiple of BLOCK_M."""
-    blocks = tl.cdiv(tl.maximum(tq, tk), BLOCK_N)
-    start = tl.program_id(0) % blocks * BLOCK_N
+    count = tl.cdiv(tl.maximum(tq, tk), BLOCK_N)
+    start = tl.program_id(0) % count * BLOCK_N
     kv_heads = heads // group
-    batch = tl.program_id(0) // blocks // kv_heads
-    kv_head = tl.program_id(0) // blocks % kv_heads
+    batch = tl.program_id(0) // count // kv_heads
+    kv_head = tl.program_id(0) // count % kv_heads
     k_head = head_of(k_ptr, k_strides, batch, kv_head, ALIGN)
     v_head = head_of(v_ptr, v_strides, batch, kv_head, ALIGN)
 
@@ -166,17 +166,18 @@ def backward_blocks_kernel(
         v = load_tile(v_head, start, tk, BLOCK_N, HEAD_DIM, BLOCK_D, True)
         dk = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32)
         dv = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32)
+        softmax = Softmax(tq, tk, exponent(tl.abs(scale), k), None, None)
+        DKDV_FORM: tl.constexpr = Form(HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, CAUSAL, NEGATE, DROPOUT, PRECISION, RAGGED)
         for member in range(group):
             head = kv_head * group + member
             rows_before = (tl.cast(batch, tl.int64) * heads + head) * tq
+            q_head = head_of(q_ptr, q_strides, batch, head, ALIGN)
+            out_head = head_of(out_ptr, out_strides, batch, head, ALIGN)
+            dout_head = head_of(dout_ptr, dout_strides, batch, head, ALIGN)
+            dropout = Dropout(seed_ptr, batch, head, threshold, keep_scale)
             dk, dv = dkdv_of_block(
-                dk, dv, k, v,
-                head_of(q_ptr, q_strides, batch, head, ALIGN),
-                head_of(dout_ptr, dout_strides, batch, head, ALIGN),
-                head_of(out_ptr, out_strides, batch, head, ALIGN),
-                lse_ptr + rows_before, lse_ptr, dlse_ptr + rows_before, (seed_ptr, batch, head, threshold), start,
-                tq, tk, exponent(tl.abs(scale), k), keep_scale, None, None,
-                HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, CAUSAL, NEGATE, DROPOUT, PRECISION, RAGGED, True, HAS_DLSE,
+                dk, dv, k, v, q_head, dout_head, out_head, lse_ptr + rows_before, lse_ptr, dlse_ptr + rows_before,
+                softmax, dropout, start, DKDV_FORM, True, HAS_DLSE,
             )  # fmt: skip
         dk_head = head_of(dk_ptr, dk_strides, batch, kv_head, ALIGN)
         dv_head = head_of(dv_ptr, dv_strides, batch, kv_head, ALIGN)
@@ -184,25 +185,24 @@ def backward_blocks_kernel(
         store_tile(dv_head, dv * keep_scale, start, tk, BLOCK_N, HEAD_DIM, BLOCK_D)
 
     if start < tq:
+        DQ_FORM: tl.constexpr = Form(HEAD_DIM, BLOCK_D, BLOCK_N, BLOCK_M, CAUSAL, NEGATE, DROPOUT, PRECISION, RAGGED)
         for member in range(group):
-            head_q = kv_head * group + member
-            rows = (tl.cast(batch, tl.int64) * heads + head_q) * tq
-            q_head = head_of(q_ptr, q_strides, batch, head_q, ALIGN)
-            out_head = head_of(out_ptr, out_strides, batch, head_q, ALIGN)
-            dout_head = head_of(dout_ptr, dout_strides, batch, head_q, ALIGN)
+            head = kv_head * group + member
+            rows_before = (tl.cast(batch, tl.int64) * heads + head) * tq
+            q_head = head_of(q_ptr, q_strides, batch, head, ALIGN)
+            out_head = head_of(out_ptr, out_strides, batch, head, ALIGN)
+            dout_head = head_of(dout_ptr, dout_strides, batch, head, ALIGN)
             q = load_tile(q_head, start, tq, BLOCK_N, HEAD_DIM, BLOCK_D, True)
             if NEGATE:
                 q = -q
             out = load_tile(out_head, start, tq, BLOCK_N, HEAD_DIM, BLOCK_D, True)
             dout = load_tile(dout_head, start, tq, BLOCK_N, HEAD_DIM, BLOCK_D, True)
-            delta = delta_of_rows(out, dout, dlse_ptr + rows, start, tq, BLOCK_N, HAS_DLSE)
-            lse = lse_of_rows(lse_ptr + rows, start, tq, q, BLOCK_N)
-            dq = dq_of_block(
-                q, dout, lse, delta, k_head, v_head, (seed_ptr, batch, head_q, threshold), start,
-                tq, tk, exponent(tl.abs(scale), q), keep_scale, None, None,
-                HEAD_DIM, BLOCK_D, BLOCK_N, BLOCK_M, CAUSAL, DROPOUT, PRECISION, RAGGED,
-            )  # fmt: skip
-            dq_head = head_of(dq_ptr, dq_strides, batch, head_q, ALIGN)
+            delta = delta_of_rows(out, dout, dlse_ptr + rows_before, start, tq, BLOCK_N, HAS_DLSE)
+            lse = lse_of_rows(lse_ptr + rows_before, start, tq, q, BLOCK_N)
+            softmax = Softmax(tq, tk, exponent(tl.abs(scale), q), None, None)
+            dropout = Dropout(seed_ptr, batch, head, threshold, keep_scale)
+            dq = dq_of_block(q, dout, lse, delta, k_head, v_head, softmax, dropout, start, DQ_FORM)
+            dq_head = head_of(dq_ptr, dq_strides, batch, head, ALIGN)
             store_tile(dq_head, dq * scale, start, tq, BLOCK_N, HEAD_DIM, BLOCK_D)
 
 

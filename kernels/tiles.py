@@ -7,35 +7,65 @@ makes the inner loop a third longer.
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"
 # (a kernel is Triton's language in Python's grammar: its arguments have no Python types)
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
-from triton.language.target_info import cuda_capability_geq, is_cuda, is_hip
-from triton.runtime.jit import constexpr_function
 
 __all__ = [
     "LN2",
     "LOWEST",
+    "Form",
+    "Head",
+    "Softmax",
     "aligned",
     "causal_mask",
     "exponent",
     "exponential",
     "head_of",
-    "key_blocks",
     "load_rows",
     "load_tile",
-    "loops",
-    "mask_in",
     "natural",
-    "one_loop",
+    "seen",
     "store_tile",
     "tanh_of_scores",
-    "waited_for",
-    "window_mask",
 ]
 
 LOG2E = tl.constexpr(1.4426950408889634)  # log2(e): the hardware's exponential is in base 2
 LN2 = tl.constexpr(0.6931471805599453)
 LOWEST = tl.constexpr(-3.4028234663852886e38)  # of fp32: from it -inf can be taken, and gives no NaN
+
+
+class Form(NamedTuple):
+    """What a kernel is compiled for, passed on whole: a constant of constants."""
+
+    HEAD_DIM: Any
+    BLOCK_D: Any
+    BLOCK_M: Any  # queries a tile of scores
+    BLOCK_N: Any  # keys
+    CAUSAL: Any
+    NEGATE: Any  # scale is negative: q is negated, and |scale| used
+    DROPOUT: Any
+    PRECISION: Any
+    RAGGED: Any  # the length that the loop goes along is no multiple of its blocks
+
+
+class Softmax(NamedTuple):
+    """What makes weights of products, and which of them count."""
+
+    tq: Any
+    tk: Any
+    scale: Any  # by which scores become exponents, not 0: a mask's -inf is multiplied by it
+    window: Any  # keys that a query sees behind it; None, which no machine code is left of, is all
+    softcap: Any  # what bounds the scores, or None
+
+
+class Head(NamedTuple):
+    """One head of a (B, H, T, D) tensor, for load_tile and store_tile."""
+
+    ptr: Any  # to its first element
+    stride_t: Any
+    stride_d: Any
 
 
 @triton.jit
@@ -55,17 +85,17 @@ def aligned(strides, ALIGN: tl.constexpr):
 
 @triton.jit
 def head_of(ptr, strides, batch, head, ALIGN: tl.constexpr):
-    """One head of a (B, H, T, D) tensor, for load_tile and store_tile: (first element, stride_t, stride_d)."""
+    """The Head of a (B, H, T, D) tensor."""
     stride_b, stride_h, stride_t, stride_d = aligned(strides, ALIGN)
-    return ptr + tl.cast(batch, tl.int64) * stride_b + tl.cast(head, tl.int64) * stride_h, stride_t, stride_d
+    return Head(ptr + tl.cast(batch, tl.int64) * stride_b + tl.cast(head, tl.int64) * stride_h, stride_t, stride_d)
 
 
 @triton.jit
 def _tile_pointers(head, start, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
-    ptr, stride_t, stride_d = head
     rows = tl.arange(0, BLOCK).to(tl.int64)
     columns = tl.arange(0, BLOCK_D).to(tl.int64)
-    return ptr + tl.cast(start, tl.int64) * stride_t + (rows[:, None] * stride_t + columns[None, :] * stride_d)
+    first = head.ptr + tl.cast(start, tl.int64) * head.stride_t
+    return first + (rows[:, None] * head.stride_t + columns[None, :] * head.stride_d)
 
 
 @triton.jit
@@ -97,7 +127,7 @@ def store_tile(target, tile, start, length, BLOCK: tl.constexpr, HEAD_DIM: tl.co
     ptrs = _tile_pointers(target, start, BLOCK, BLOCK_D)
     mask_rows = (tl.arange(0, BLOCK) < length - start)[:, None]
     mask_columns = (tl.arange(0, BLOCK_D) < HEAD_DIM)[None, :]
-    tl.store(ptrs, tile.to(target[0].dtype.element_ty), mask=mask_rows & mask_columns)
+    tl.store(ptrs, tile.to(target.ptr.dtype.element_ty), mask=mask_rows & mask_columns)
 
 
 @triton.jit
@@ -105,46 +135,6 @@ def load_rows(ptr, start, length, other, BLOCK: tl.constexpr):
     """One number a row, rows start .. start + BLOCK of a contiguous (T,) vector, [BLOCK]; `other` beyond `length`."""
     rows = tl.arange(0, BLOCK)
     return tl.load(ptr + start + rows, mask=rows < length - start, other=other)
-
-
-@constexpr_function
-def one_loop(keys_first_with_dropout=False):
-    """Whether blocks with a mask and blocks without one go through one loop, the mask behind a branch.
-
-    A loop of their own begins with an empty pipeline. But where scores are made by Ampere's instruction (sm_80 to sm_89
-    and sm_120), Triton only finds out that a product takes them if no branch is between, and else they go to it through
-    shared memory. On AMD's, scores that lie keys first get a layout in which the draws of a Philox call are apart.
-    """
-    if is_cuda():
-        return cuda_capability_geq(9) and not cuda_capability_geq(12)
-    return not (is_hip() and keys_first_with_dropout)
-
-
-@constexpr_function
-def loops(one):
-    """How many loops there are: one, or one before the blocks without a mask, one for these and one after them."""
-    return 1 if one else 3
-
-
-@constexpr_function
-def mask_in(loop, one):
-    """MASK in one of the `loops`: "none", "all" (blocks have one), or "edges" (those at the edges have)."""
-    return "edges" if one else ("none" if loop == 1 else "all")
-
-
-@triton.jit
-def waited_for(product):
-    """A product in a loop's last line, as it is, [BLOCK_M, BLOCK_N], that the next round does not find under way.
-
-    Triton lets it run on into the next round on Hopper. There ptxas sees the registers of the round's first product
-    set while a product is under way, and makes every single matrix instruction of the loop wait for the one before
-    (C7515). So it is made to look used here: LLVM, later on, finds that nothing is done to it.
-    """
-    if cuda_capability_geq(9) and not cuda_capability_geq(10):
-        minus_zero = tl.full(product.shape, 1 << 31, tl.uint32).to(tl.float32, bitcast=True)  # tl.full takes it for 0
-        return tl.fma(product, tl.full(product.shape, 1.0, tl.float32), minus_zero)
-    else:
-        return product
 
 
 @triton.jit
@@ -155,32 +145,17 @@ def causal_mask(first_row, first_key, shift, BLOCK_M: tl.constexpr, BLOCK_N: tl.
 
 
 @triton.jit
-def key_blocks(start_m, tq, tk, window, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr):
-    """(begin, inside, full, end) of the blocks of keys that a block of queries sees some of, from begin to end.
-
-    From inside to full are those of which every query sees every key. All but end are multiples of BLOCK_N.
-    """
-    if CAUSAL:
-        end = tl.minimum(tk, start_m + BLOCK_M + tk - tq)  # keys that the last row sees
-        full = tl.minimum(tk, tl.maximum(0, start_m + 1 + tk - tq)) // BLOCK_N * BLOCK_N  # that the first row sees
+def seen(start_m, n, softmax, FORM: tl.constexpr):
+    """True where a query sees a key, [BLOCK_M, BLOCK_N]; of rows beyond tq it may be True for keys beyond tk."""
+    shift = softmax.tk - softmax.tq
+    if FORM.CAUSAL:
+        mask = causal_mask(start_m, n, shift, FORM.BLOCK_M, FORM.BLOCK_N)
     else:
-        end = tk
-        full = tk // BLOCK_N * BLOCK_N
-    if window is None:
-        return 0, 0, full, end
-    else:
-        first = start_m + tk - tq - window  # key that the first row sees, and `inside` is that of the last one
-        begin = tl.maximum(0, first) // BLOCK_N * BLOCK_N
-        inside = tl.cdiv(tl.maximum(0, first + BLOCK_M - 1), BLOCK_N) * BLOCK_N
-        inside = tl.minimum(inside, tl.cdiv(tl.maximum(0, end), BLOCK_N) * BLOCK_N)
-        return begin, inside, tl.maximum(inside, full), end
-
-
-@triton.jit
-def window_mask(first_row, first_key, shift, window, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """True where a key is no more than `window` behind a query, [BLOCK_M, BLOCK_N]: key >= row + shift - window."""
-    first_seen = tl.arange(0, BLOCK_M) + (first_row + shift - window - first_key)
-    return first_seen[:, None] <= tl.arange(0, BLOCK_N)[None, :]
+        mask = (tl.arange(0, FORM.BLOCK_N) < softmax.tk - n)[None, :]
+    if softmax.window is not None:  # a key no more than `window` behind: key >= row + shift - window
+        first_seen = tl.arange(0, FORM.BLOCK_M) + (start_m + shift - softmax.window - n)
+        mask &= first_seen[:, None] <= tl.arange(0, FORM.BLOCK_N)[None, :]
+    return mask
 
 
 # Exponents of 16-bit inputs are held in base 2: exp2(scores * scale - lse) is one multiply-add and one exponential.

@@ -17,7 +17,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 from ttir import loops_with_dots, narrow_products
 
-from fastchargpt.kernels.tiles import waited_for
+from fastchargpt.kernels.loops import waited_for
 from fastchargpt.kernels.tuning import Config
 
 

@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastchargpt.kernels.tiles import one_loop, waited_for
+from fastchargpt.kernels.loops import one_loop, waited_for
 
 __all__ = ["textbook_backward"]
 
