@@ -22,7 +22,6 @@ __all__ = [
     "row_blocks",
     "rows_at_edge",
     "spans",
-    "waited_for",
 ]
 
 
@@ -96,9 +95,12 @@ def rows_at_edge(m, blocks, softmax):
 def one_loop(keys_first_with_dropout=False):
     """Whether blocks with a mask and blocks without one go through one loop, the mask behind a branch.
 
-    A loop of their own begins with an empty pipeline. But where scores are made by Ampere's instruction (sm_80 to sm_89
-    and sm_120), Triton only finds out that a product takes them if no branch is between, and else they go to it through
-    shared memory. On AMD's, scores that lie keys first get a layout in which the draws of a Philox call are apart.
+    A loop of their own begins with an empty pipeline. On Hopper the branch does more: a round's last product runs on
+    into the next round, and in code without a branch ptxas, which sees the registers of the next product set meanwhile,
+    makes every single matrix instruction of the loop wait for the one before (its note C7515). But where scores are
+    made by Ampere's instruction (sm_80 to sm_89 and sm_120), Triton only finds out that a product takes them if no
+    branch is between, and else they go to it through shared memory. On AMD's, scores that lie keys first get a layout
+    in which the draws of a Philox call are apart.
     """
     if is_cuda():
         return cuda_capability_geq(9) and not cuda_capability_geq(12)
@@ -128,18 +130,3 @@ def spans(blocks, ONE: tl.constexpr):
             (blocks.bare_begin, blocks.bare_end),
             (blocks.bare_end, blocks.end),
         )
-
-
-@triton.jit
-def waited_for(product):
-    """A product in a loop's last line, as it is, [BLOCK_M, BLOCK_N], that the next round does not find under way.
-
-    Triton lets it run on into the next round on Hopper. There ptxas sees the registers of the round's first product
-    set while a product is under way, and makes every single matrix instruction of the loop wait for the one before
-    (C7515). So it is made to look used here: LLVM, later on, finds that nothing is done to it.
-    """
-    if cuda_capability_geq(9) and not cuda_capability_geq(10):
-        minus_zero = tl.full(product.shape, 1 << 31, tl.uint32).to(tl.float32, bitcast=True)  # tl.full takes it for 0
-        return tl.fma(product, tl.full(product.shape, 1.0, tl.float32), minus_zero)
-    else:
-        return product

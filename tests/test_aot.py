@@ -3,21 +3,18 @@
 The toy kernels are compiled for real targets; no GPU is needed.
 """
 
-import dataclasses
-
 import pytest
 import torch
 import triton
 import triton.language as tl
-from aot import TARGETS, Loop, compile_launch, launch_of, record_launches
+from aot import TARGETS, compile_launch, launch_of, record_launches
 from control_flow import Instruction, innermost_loops, shortest_round
-from gate import launches_of, problems
+from gate import judge, problems
 from launches import Case
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 from ttir import loops_with_dots, narrow_products
 
-from fastchargpt.kernels.loops import waited_for
 from fastchargpt.kernels.tuning import Config
 
 
@@ -52,20 +49,6 @@ def three_products_kernel(x_ptr, y_ptr, steps, M: tl.constexpr, N: tl.constexpr,
         b = tl.dot(x + x, y, b)
         c = tl.dot(x * x, y, c)
     tl.store(y_ptr + rows[:, None] * N + columns[None, :], a * b + c)
-
-
-@triton.jit
-def two_products_kernel(q_ptr, k_ptr, out_ptr, length, WAIT: tl.constexpr, BLOCK: tl.constexpr):
-    rows = tl.arange(0, BLOCK)
-    at = rows[:, None] * BLOCK + rows[None, :]
-    q, acc = tl.load(q_ptr + at), tl.zeros((BLOCK, BLOCK), tl.float32)
-    for n in range(0, length, BLOCK):
-        k = tl.load(k_ptr + n * BLOCK + at)
-        scores = tl.dot(q, tl.trans(k))
-        acc = tl.dot(scores.to(k.dtype), k, acc)
-        if WAIT:
-            acc = waited_for(acc)
-    tl.store(out_ptr + at, acc)
 
 
 @triton.jit
@@ -125,28 +108,24 @@ def test_too_much_shared_memory_is_caught():
 
 
 def test_matrix_instructions_that_wait_for_each_other_are_caught():
-    """What ptxas makes of the forward kernel's loop without `waited_for`: a wait for each of its instructions."""
-    report, _ = multiply("sm_90")
+    """What ptxas makes of two groups of four warps side by side on 64 rows: a wait for each matrix instruction."""
     case = Case(dtype=torch.bfloat16, head_dim=64, length=1024)
-    (launch,) = launches_of(Config("forward", 64, 64, 4, 3), case, "sm_90")
-    for waits, found in ((8, 1), (7, 0), (2, 0)):
-        loop = Loop({"HGMMA.64x64x16.F32.BF16": 4, "HGMMA.64x64x16.F32.BF16.SS": 4, "WARPGROUP.DEPBAR.LE": waits})
-        problem = problems(launch, dataclasses.replace(report, loops=[loop]))
-        assert [text.split(":")[0] for text in problem] == ["serialized"] * found
+    (judgement,) = judge(Config("dkdv", 64, 64, 8, 2), case, "sm_90")
+    assert [problem.split(":")[0] for problem in judgement.problems] == ["serialized"]
 
 
-def test_to_be_waited_for_costs_nothing():
-    loops = []
-    for wait in (False, True):
-        x, out = torch.empty(64, 64, dtype=torch.bfloat16, device="meta"), torch.empty(64, 64, device="meta")
-        launch = launch_of(
-            "sm_90", two_products_kernel, (1,), x, x, out, 4096, WAIT=wait, BLOCK=64, num_warps=4, num_stages=3
-        )
-        loops += compile_launch(launch, "sm_90").matrix_loops
-    before, after = loops
-    assert after.count("HGMMA") == 8
-    assert after.count("FADD|FFMA|FMUL") == before.count("FADD|FFMA|FMUL") == 0
-    assert after.count(r"WARPGROUP\.DEPBAR") == before.count(r"WARPGROUP\.DEPBAR") + 1
+@pytest.mark.parametrize("dropout", [False, True])
+@pytest.mark.parametrize(
+    ("config", "waits"),
+    [(Config("forward", 64, 64, 4, 3), 1), (Config("dq", 64, 64, 4, 3), 2), (Config("dkdv", 32, 64, 4, 2), 2)],
+    ids=lambda value: getattr(value, "kernel", value),
+)
+def test_on_hopper_a_rounds_last_products_run_on_into_the_next(config, waits, dropout):
+    """A round waits for the products that it makes something of, which come first, and for no others."""
+    case = Case(dtype=torch.bfloat16, head_dim=64, length=1024, dropout=dropout)
+    (judgement,) = judge(config, case, "sm_90")
+    (loop,) = judgement.report.matrix_loops
+    assert loop.count(r"WARPGROUP\.DEPBAR") == waits
 
 
 @pytest.mark.parametrize(("precision", "has_tf32"), [("ieee", False), ("tf32", True)])

@@ -4,7 +4,7 @@ Written after FlashAttention-2 (Dao 2023, algorithm 2) without atomics, as most 
 in a launch of its own; one program for each block of keys walks the queries and gives dK and dV; one for each block of
 queries walks the keys and gives dQ. Seven matrix products where five are needed, and the scores computed twice.
 bench/static/static_report.py puts its estimate beside that of the package's own backward. It has what helps ours
-besides (`waited_for`, `one_loop`): what is compared is the way of computing.
+besides (`one_loop`): what is compared is the way of computing.
 """
 
 import math
@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastchargpt.kernels.loops import one_loop, waited_for
+from fastchargpt.kernels.loops import one_loop
 
 __all__ = ["textbook_backward"]
 
@@ -67,7 +67,7 @@ def _key_block_step(
             p_t = tl.where((start_n + tl.arange(0, BLOCK_N))[:, None] <= offs_m[None, :], p_t, 0.0)
     dv = tl.dot(p_t.to(dout.dtype), dout, dv)
     dp_t = tl.dot(v, tl.trans(dout))
-    dk = waited_for(tl.dot((p_t * (dp_t - delta[None, :])).to(q.dtype), q, dk))
+    dk = tl.dot((p_t * (dp_t - delta[None, :])).to(q.dtype), q, dk)
     return dk, dv
 
 
@@ -117,7 +117,7 @@ def _query_block_step(
         if on_diagonal:
             p = tl.where(offs_n[None, :] <= offs_m[:, None], p, 0.0)
     dp = tl.dot(dout, tl.trans(v))
-    return waited_for(tl.dot((p * (dp - delta[:, None])).to(k.dtype), k, dq))
+    return tl.dot((p * (dp - delta[:, None])).to(k.dtype), k, dq)
 
 
 @triton.jit
