@@ -15,7 +15,7 @@ HERE = Path(__file__).parent
 TESTS = (
     "test_native_step.py::test_loss_and_gradients_equal_float64",
     "test_native_step.py::test_long_sequences_pass_several_blocks_of_queries",
-    "test_native_step.py::test_dropout_is_philox_at_every_site",
+    "test_native_dropout.py::test_dropout_is_philox_at_every_site",
     "test_native.py::test_odd_shapes_equal_torch",
     "test_native.py::test_int8_equals_a_model_with_rounded_weights",
 )
