@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from captured_cases import batches, make_step
 from graph_stand_in import RecordedGraphs
 from native_library import require
-from test_captured import batches, make_step
 from test_trainer import CONFIG, FP32, MODEL, corpus
 
 from fastchargpt.averaging import WeightAverage

@@ -1,91 +1,23 @@
 """The step as one CUDA graph. On a CPU all that surrounds the graph is exercised: a recorder keeps a graph's rules."""
 
 import copy
-import dataclasses
 import importlib
 import itertools
-import math
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from captured_cases import FP32, assert_same_weights, batches, make_step, rate, run
 from graph_stand_in import RecordedGraphs
-from test_trainer import CONFIG, MODEL, corpus
 
 from fastchargpt.batches import TokenBatches
-from fastchargpt.captured import MAX_GRAPHS, WARM_UP_STEPS, CudaGraphs
-from fastchargpt.choices import choose_graph
-from fastchargpt.config import GPTConfig, TrainConfig
-from fastchargpt.errors import BackendUnavailableError, ConfigError
+from fastchargpt.captured import MAX_GRAPHS, WARM_UP_STEPS
+from fastchargpt.config import TrainConfig
 from fastchargpt.faults import NumberWatch
-from fastchargpt.model import GPT
 from fastchargpt.optim import make_optimizer
-from fastchargpt.precision import Precision
-from fastchargpt.step import TrainStep, make_train_step
-from fastchargpt.trainer import Trainer
-
-FP32 = Precision(name="fp32", reason="test")
-# without biases: that of the keys has a gradient of rounding errors alone, which AdamW scales up
-SHAPE: dict[str, Any] = dict(vocab_size=11, block_size=8, n_layer=2, n_head=2, n_embd=16, bias=False)
-gpu = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
-]
-
-
-def rate(iteration: int) -> float:
-    """A schedule that a rate taken at the capture would miss by far."""
-    return 2e-2 / (iteration + 1)
-
-
-def make_step(
-    graphs: RecordedGraphs | CudaGraphs | None,
-    *,
-    optimizer: str = "adamw",
-    parts: int = 1,
-    clip: float = 0.5,
-    schedule: Callable[[int], float] | None = rate,
-    precision: Precision = FP32,
-    compile: bool = False,
-    attention: str = "naive",
-    device: str = "cpu",
-    **model: Any,
-) -> TrainStep:
-    torch.manual_seed(2)
-    family = "modern" if optimizer == "muon" else "nanogpt"
-    gpt = GPT(GPTConfig.family(family, **{**SHAPE, "proj_init": "normal", **model})).to(device)
-    gpt.set_attention(attention)
-    torch.manual_seed(3)
-    return TrainStep(
-        gpt,
-        make_optimizer(gpt, TrainConfig(optimizer=optimizer, learning_rate=1e-2)),  # type: ignore[arg-type]
-        precision=precision,
-        grad_clip=clip,
-        gradient_accumulation_steps=parts,
-        compile=compile,
-        learning_rate=schedule,
-        graphs=graphs,
-    )
-
-
-def batches(count: int, size: int = 4, length: int = 8) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    generator = torch.Generator().manual_seed(1)
-    rows = torch.randint(11, (count, 2, size, length), generator=generator)
-    return [(x, y) for x, y in rows]
-
-
-def run(step: TrainStep, data: list[tuple[torch.Tensor, torch.Tensor]]) -> list[float]:
-    """Losses, read at the end: a result that a later step overwrote would show."""
-    losses = [step(x, y) for x, y in data]
-    return [loss.item() for loss in losses]
-
-
-def assert_same_weights(one: TrainStep, other: TrainStep, tolerance: float = 1e-6) -> None:
-    for a, b in zip(one.model.parameters(), other.model.parameters(), strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=tolerance)
+from fastchargpt.step import TrainStep
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
@@ -244,26 +176,6 @@ class _ByHand:
             group["lr"] = float(group["lr"]) / 2
 
 
-def test_a_whole_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = Trainer(MODEL, CONFIG, corpus(), log=lambda _: None)
-    expected = plain.run()
-    monkeypatch.setattr("fastchargpt.choices.graph_problem", lambda *_: None)
-    monkeypatch.setattr("fastchargpt.step.graph_problem", lambda *_: None)
-    monkeypatch.setattr("fastchargpt.step.CudaGraphs", lambda device: RecordedGraphs())
-    lines: list[str] = []
-    for life, steps in enumerate((13, 20)):  # and a life in between, resumed
-        config = dataclasses.replace(CONFIG, cuda_graph="on", engine="torch", max_iters=steps, lr_decay_iters=20)
-        run = Trainer(MODEL, config, corpus(), out_dir=tmp_path, log=lines.append)
-        assert "cuda graph on: asked for" in run.describe()
-        if life:
-            assert run.resume() == 13
-        result = run.run()
-        assert run.step.captured is not None
-        assert run.step.captured.captured == 1
-    assert result.val_loss == pytest.approx(expected.val_loss, abs=1e-5)
-    assert_same_weights(run.step, plain.step, 1e-3)
-
-
 @pytest.mark.parametrize("order", ["random", "epochs"])
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 @pytest.mark.parametrize("captured", [False, True])
@@ -311,131 +223,3 @@ class _Again:
 
     def capture(self, body: Callable[[], None]) -> Callable[[], None]:
         return body
-
-
-def test_the_choice_and_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    step = make_step(None)
-    model, optimizer = step.model, step.optimizer
-    assert isinstance(model, GPT)
-
-    def choose(mode: Any, chosen: Precision = FP32, opt: torch.optim.Optimizer = optimizer, **more: Any) -> Any:
-        return choose_graph(mode, model, opt, chosen, **{"tokens": 16_384, **more})
-
-    assert choose("off").reason == "asked for"
-    assert choose("auto").reason == "CUDA graphs are for CUDA GPUs, and the model is on cpu"
-    with pytest.raises(BackendUnavailableError, match=r"cuda_graph=on cannot be served: .* on cpu; use --cuda-"):
-        choose("on")
-    with pytest.raises(BackendUnavailableError, match=r"cuda_graph=True cannot be served: .* on cpu"):
-        make_train_step(model, cuda_graph=True)
-    with pytest.raises(ConfigError, match="cuda_graph must be auto, on or off"):
-        choose("yes")
-    monkeypatch.setattr("fastchargpt.choices._device_types", lambda model: {"cuda"})
-    assert choose("auto").on
-    assert "TFLOP" in choose("auto").reason
-    assert "keep a GPU busy" in choose("auto", tokens=10**10).reason
-    assert choose("on", tokens=10**10).on
-    fp16 = Precision(name="fp16", reason="test")
-    sgd = torch.optim.SGD(model.parameters())
-    for problem, arguments in (
-        ("scaler", dict(chosen=fp16)),
-        ("this is SGD", dict(opt=sgd)),
-        ("deterministic", dict(deterministic=True)),
-    ):
-        choice = choose("auto", **arguments)
-        assert not choice.on
-        assert problem in choice.reason
-        with pytest.raises(BackendUnavailableError, match=problem):
-            choose("on", **arguments)
-    other = torch.nn.Linear(2, 2)
-    assert "Linear" in choose_graph("auto", other, optimizer, FP32, tokens=1).reason
-    assert choose_graph("on", other, optimizer, FP32, tokens=1).on
-
-
-@pytest.mark.parametrize(
-    ("optimizer", "precision", "compile", "dropout"),
-    [
-        pytest.param("adamw", "fp32", False, 0.0, marks=gpu),
-        pytest.param("muon", "fp32", False, 0.0, marks=gpu),
-        pytest.param("adamw", "bf16", False, 0.0, marks=gpu),
-        pytest.param("adamw", "bf16", True, 0.0, marks=gpu),
-        pytest.param("muon", "bf16", False, 0.2, marks=gpu),
-    ],
-)
-def test_on_a_gpu_it_equals_the_plain_step(optimizer: str, precision: Any, compile: bool, dropout: float) -> None:
-    settings: dict[str, Any] = dict(
-        optimizer=optimizer,
-        precision=Precision(name=precision, reason="test"),
-        compile=compile,
-        dropout=dropout,
-        parts=2,
-        attention="auto",
-        device="cuda",
-        n_embd=64,
-        block_size=32,
-    )
-    data = [(x.cuda(), y.cuda()) for x, y in batches(14, length=32)]
-    plain, captured = make_step(None, **settings), make_step(CudaGraphs(torch.device("cuda")), **settings)
-    torch.manual_seed(3)
-    expected = run(plain, data)
-    torch.manual_seed(3)
-    found = run(captured, data)
-    assert captured.captured is not None
-    assert captured.captured.problem is None
-    assert captured.captured.captured == 1
-    # Muon's bfloat16 iteration makes much of a gradient's last bit, which cuBLAS does not repeat on another stream
-    tolerance = 2e-2 if precision == "bf16" else 1e-3 if optimizer == "muon" else 1e-5
-    if dropout == 0.0:  # a graph may take its random draws in another order
-        assert found == pytest.approx(expected, abs=tolerance)
-    assert all(math.isfinite(loss) for loss in found)
-    state, weights = copy.deepcopy(captured.state_dict()), copy.deepcopy(captured.model.state_dict())
-    on = run(captured, data)
-    again = make_step(CudaGraphs(torch.device("cuda")), **settings)
-    again.model.load_state_dict(weights)
-    again.load_state_dict(state)
-    if dropout == 0.0:
-        assert run(again, data) == pytest.approx(on, abs=tolerance)
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-def test_on_a_gpu_dropout_differs_and_memory_does_not_grow() -> None:
-    step = make_step(
-        CudaGraphs(torch.device("cuda")),
-        dropout=0.3,
-        schedule=lambda _: 0.0,
-        attention="auto",
-        device="cuda",
-        n_embd=64,
-        block_size=32,
-    )
-    [(x, y)] = batches(1, length=32)
-    losses = run(step, [(x.cuda(), y.cuda())] * 12)
-    assert len(set(losses)) == 12
-    before = torch.cuda.memory_reserved()
-    run(step, [(x.cuda(), y.cuda())] * 200)
-    assert torch.cuda.memory_reserved() == before
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-def test_on_a_gpu_a_whole_run_waits_for_nothing_between_log_lines() -> None:
-    config = dataclasses.replace(
-        CONFIG, device="cuda", cuda_graph="on", max_iters=40, log_interval=40, eval_interval=1000, eval_at_start=False
-    )
-    trainer = Trainer(dataclasses.replace(MODEL, n_embd=64, block_size=32), config, corpus(), log=lambda _: None)
-    plain = trainer.step.take
-
-    def take(supply: TokenBatches) -> torch.Tensor:
-        captured = trainer.step.captured
-        assert captured is not None
-        # the warm-up and the capture may wait; a replay may not
-        torch.cuda.set_sync_debug_mode("error" if captured.captured else "default")
-        try:
-            return plain(supply)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-
-    trainer.step.take = take  # type: ignore[method-assign]
-    trainer.run()
-    assert trainer.step.captured is not None
-    assert trainer.step.captured.captured == 1
