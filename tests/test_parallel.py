@@ -2,79 +2,23 @@
 
 import dataclasses
 import os
-import signal
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
+from parallel_cases import MODEL, MODERN, Rows, live
 from ranks import run_ranks
 from test_trainer import CONFIG, corpus
 
-from fastchargpt.batches import eval_batches
 from fastchargpt.checkpoint import load_checkpoint
-from fastchargpt.config import IGNORE_INDEX, GPTConfig, TrainConfig
-from fastchargpt.errors import BackendUnavailableError, ConfigError, FastchargptError, OutDirError
-from fastchargpt.parallel import Parallel, open_parallel
-from fastchargpt.precision import Precision
+from fastchargpt.errors import FastchargptError
 from fastchargpt.trainer import Trainer
 
-# Widths that the native step can take; without dropout, which every process draws for itself, and without biases: that
-# of the keys has no gradient but rounding, which AdamW makes as large as any other.
-MODEL = GPTConfig(n_layer=2, n_head=2, n_embd=32, block_size=8, vocab_size=5, dropout=0.0, bias=False)
-# with weights from the first step on: Muon would blow the rounding in a gradient of zeros up to a step of full length
-MODERN = GPTConfig.family("modern", n_layer=2, n_head=2, n_embd=32, block_size=8, vocab_size=5, proj_init="normal")
-FIGURES = ("loss", "val_loss", "train_loss", "lr", "grad_norm")
 # figures of float32 sums taken in another order, after 20 steps of an optimiser that divides by small moments
 TOLERANCE = 2e-5
 # the native Muon works on Gram matrices, which square what rounding does to small singular values
 NATIVE_MUON_TOLERANCE = 1e-3
-
-Rows = list[tuple[int, dict[str, float]]]
-
-
-class Recorder:
-    def __init__(self) -> None:
-        self.rows: Rows = []
-
-    def log(self, metrics: Any, *, step: int) -> None:
-        self.rows.append((step, {name: value for name, value in metrics.items() if name in FIGURES}))
-
-
-@dataclasses.dataclass
-class Told:
-    """What a process has to say of its run."""
-
-    rows: Rows
-    lines: list[str]
-    stopped: str
-    iteration: int
-    val_loss: float
-
-
-def live(
-    model: GPTConfig, fields: dict[str, Any], out_dir: Path | None = None, stop_at: int | None = None, stopper: int = 0
-) -> Told:
-    """One life of a run on this process: begun, or gone on with if there is one; stopped by a signal to `stopper`."""
-    recorder, lines = Recorder(), []  # type: tuple[Recorder, list[str]]
-    config = dataclasses.replace(CONFIG, **{"batch_size": 6, **fields})
-    trainer = Trainer(model, config, corpus(), out_dir=out_dir, loggers=[recorder], log=lines.append)
-    with trainer.parallel as parallel:
-        if out_dir is not None and (out_dir / "last").exists():
-            trainer.resume()
-        if stop_at is not None and parallel.rank == stopper:
-            plain = trainer.batches.next_batch
-
-            def next_batch() -> tuple[torch.Tensor, torch.Tensor]:
-                if trainer.step.iteration == stop_at - 1:
-                    signal.raise_signal(signal.SIGTERM)
-                return plain()
-
-            trainer.batches.next_batch = next_batch  # type: ignore[method-assign]
-        result = trainer.run()
-        return Told(recorder.rows, [*trainer.describe(), *lines], result.stopped, result.iterations, result.val_loss)
 
 
 def assert_rows_equal(found: Rows, expected: Rows, tolerance: float = TOLERANCE) -> None:
@@ -302,132 +246,3 @@ def test_a_compiled_pair_has_the_numbers_of_one_process(tmp_path: Path) -> None:
     main, _ = run_ranks(tmp_path, live, MODEL, {**fields, "compile": "on"})
     assert any(line.startswith("compile on") for line in main.lines)
     assert_rows_equal(main.rows, live(MODEL, fields).rows)
-
-
-@pytest.mark.parametrize("max_batches", [None, 2])
-@pytest.mark.parametrize("world_size", [2, 3, 7])
-@pytest.mark.parametrize("n", [9, 41, 200])
-def test_processes_share_out_the_windows(n: int, world_size: int, max_batches: int | None) -> None:
-    tokens = np.arange(n, dtype=np.uint16)
-
-    def seen(rank: int, world_size: int) -> tuple[list[tuple[int, int]], int, set[Any]]:
-        pairs: list[tuple[int, int]] = []
-        batches = list(eval_batches(tokens, 8, 5, "cpu", max_batches, rank, world_size))
-        for x, y in batches:
-            pairs += zip(x[y != IGNORE_INDEX].tolist(), y[y != IGNORE_INDEX].tolist(), strict=True)
-        return pairs, len(batches), {x.shape for x, _ in batches} | {y.shape for _, y in batches}
-
-    shares = [seen(rank, world_size) for rank in range(world_size)]
-    assert sorted(pair for share in shares for pair in share[0]) == sorted(seen(0, 1)[0])
-    # every process runs the model equally often, on equal shapes: under fsdp a run of the model takes all of them
-    assert len({share[1] for share in shares}) == 1
-    assert len(set.union(*(share[2] for share in shares))) == 1
-
-
-def shared(world_size: int) -> Parallel:
-    return Parallel("ddp", device=torch.device("cpu"), world_size=world_size, reason="test")
-
-
-def test_how_a_step_is_shared() -> None:
-    for batch_size in range(1, 13):
-        for accumulation in range(1, 9):
-            for world_size in (1, 2, 3, 4, 6, 8):
-                try:
-                    rows, parts = shared(world_size).share(batch_size, accumulation)
-                except ConfigError:
-                    assert batch_size * accumulation % world_size
-                    continue
-                assert rows * parts * world_size == batch_size * accumulation
-                assert rows <= batch_size
-                assert parts <= accumulation
-    assert shared(8).share(12, 40) == (12, 5)  # GPT-2's recipe on eight GPUs, as nanoGPT shares it
-    with pytest.raises(
-        ConfigError, match="8 processes cannot share a step of 1 x 12 sequences equally: make batch_size"
-    ):
-        shared(8).share(12, 1)
-
-
-@pytest.fixture
-def launched(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Sets what a launcher sets."""
-
-    def launch(world_size: int, **more: str) -> None:
-        count = str(world_size)
-        for name, value in {"RANK": "0", "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "LOCAL_RANK": "0"}.items():
-            monkeypatch.setenv(name, value)
-        for name, value in more.items():
-            monkeypatch.setenv(name, value)
-
-    return launch
-
-
-def test_what_does_not_fit_is_refused(launched: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
-    for mode in ("ddp", "fsdp"):
-        with pytest.raises(ConfigError, match=rf"parallel={mode} shares .* start it with torchrun --nproc-per-node=N"):
-            open_parallel(mode)  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match="must be auto, ddp, fsdp or none"):
-        open_parallel("pipeline")  # type: ignore[arg-type]
-    monkeypatch.setenv("WORLD_SIZE", "4")
-    with pytest.raises(ConfigError, match="WORLD_SIZE is 4, and no launcher gave this one a RANK"):
-        open_parallel()
-    launched(4)
-    with pytest.raises(ConfigError, match="would make 4 runs of the same kind in one out dir"):
-        open_parallel("none")
-    with pytest.raises(BackendUnavailableError, match="device cuda is not available here"):
-        open_parallel("auto", "cuda")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    for device in ("auto", "cuda"):
-        with pytest.raises(BackendUnavailableError, match=r"4 processes on this machine and 2 GPU\(s\): use --nproc"):
-            open_parallel("auto", device)
-    with pytest.raises(ConfigError, match="a GPU of its own: use device=cuda, not cuda:1"):
-        open_parallel("auto", "cuda:1")
-    launched(2, RANK="first")
-    with pytest.raises(ConfigError, match="RANK must be a count, not 'first'"):
-        open_parallel("auto", "cpu")
-    launched(1)
-    assert open_parallel("auto", "cpu").mode == "none"
-
-
-def refused(fields: dict[str, Any]) -> str:
-    try:
-        Trainer(MODEL, dataclasses.replace(TrainConfig(device="cpu"), **fields), corpus(), log=print)
-    except FastchargptError as error:
-        return str(error)
-    return "served"
-
-
-def test_what_fsdp_has_not(tmp_path: Path) -> None:
-    assert run_ranks(tmp_path, refused, dict(parallel="fsdp", compile="on"))[0].startswith(
-        "compile=on cannot be served"
-    )
-    assert "whole weights" in run_ranks(tmp_path, refused, dict(parallel="fsdp", engine="native"))[0]
-    assert "cannot share a step of 1 x 13" in run_ranks(tmp_path, refused, dict(batch_size=13))[0]
-
-
-def test_fp16_is_not_sharded(monkeypatch: pytest.MonkeyPatch) -> None:
-    scaled = Precision(name="fp16", reason="test")
-    monkeypatch.setattr("fastchargpt.trainer.choose_training_precision", lambda *arguments, **named: scaled)
-    with pytest.raises(BackendUnavailableError, match="gradient scaler needs whole gradients"):
-        Trainer(
-            MODEL,
-            CONFIG,
-            corpus(),
-            parallel=Parallel("fsdp", device=torch.device("cpu"), world_size=2, reason="test"),
-        )
-
-
-def test_an_error_on_the_first_process_is_everybodys(tmp_path: Path) -> None:
-    assert run_ranks(tmp_path, told_by_main) == ["OutDirError: the folder is taken"] * 2
-
-
-def told_by_main() -> str:
-    def act() -> None:
-        raise OutDirError("the folder is taken")
-
-    with open_parallel("ddp", "cpu") as parallel:
-        try:
-            parallel.on_main(act)
-        except OutDirError as error:
-            return f"OutDirError: {error}"
-    return "nothing"
