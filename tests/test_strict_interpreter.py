@@ -1,129 +1,30 @@
 """The strict interpreter catches each kind of planted bug, and lets clean kernels through with the right result."""
 
-import numpy as np
 import pytest
 import torch
 import triton
 import triton.language as tl
-from strict_interpreter import (
-    OutOfBoundsError,
-    RaceError,
-    StrictError,
-    poisoned_empty,
-    strict_interpreter,
-    with_margins,
+from strict_interpreter import OutOfBoundsError, RaceError, StrictError, strict_interpreter
+from strict_toys import (
+    atomic_kernel,
+    bf16_arithmetic_kernel,
+    bf16_sum_kernel,
+    copy_rows_kernel,
+    dot_kernel,
+    lanes_race_kernel,
+    launch,
+    load_before_start_kernel,
+    missing_other_copy_kernel,
+    missing_other_kernel,
+    neighbour_kernel,
+    order_kernel,
+    race_kernel,
+    scale_kernel,
+    softmax_kernel,
+    store_out_of_bounds_kernel,
+    which_gpu_kernel,
 )
-from triton.language.target_info import cuda_capability_geq
 from triton.runtime.jit import JITFunction
-
-# -- toy kernels: clean ones first, then one per bug
-
-
-@triton.jit
-def helper_double(x):
-    return x * 2.0
-
-
-@triton.jit
-def scale_kernel(x_ptr, y_ptr, n, factor, BLOCK: tl.constexpr):
-    offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    x = tl.load(x_ptr + offs, mask=offs < n, other=0.0)
-    tl.store(y_ptr + offs, helper_double(x) * factor, mask=offs < n)
-
-
-@triton.jit
-def dot_kernel(a_ptr, b_ptr, c_ptr, N: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr):
-    rows, inner = tl.arange(0, N), tl.arange(0, K)
-    a = tl.load(a_ptr + rows[:, None] * K + inner[None, :])
-    b = tl.load(b_ptr + inner[:, None] * N + rows[None, :])
-    tl.store(c_ptr + rows[:, None] * N + rows[None, :], tl.dot(a, b, input_precision=PRECISION))
-
-
-@triton.jit
-def softmax_kernel(x_ptr, y_ptr, n, BLOCK: tl.constexpr):
-    row = tl.program_id(0)
-    offs = tl.arange(0, BLOCK)
-    x = tl.load(x_ptr + row * n + offs, mask=offs < n, other=float("-inf")).to(tl.float32)
-    p = tl.exp2((x - tl.max(x, 0)) * 1.4426950408889634)
-    y = p / tl.sum(p, 0)
-    tl.store(y_ptr + row * n + offs, y.to(y_ptr.dtype.element_ty), mask=offs < n)
-
-
-@triton.jit
-def bf16_arithmetic_kernel(x_ptr, y_ptr, z_ptr, BLOCK: tl.constexpr):
-    offs = tl.arange(0, BLOCK)
-    x, y = tl.load(x_ptr + offs), tl.load(y_ptr + offs)
-    tl.store(z_ptr + offs, tl.where(x < y, x * y + x, -tl.abs(x - y)))
-
-
-@triton.jit
-def bf16_sum_kernel(x_ptr, y_ptr, BLOCK: tl.constexpr):
-    tl.store(y_ptr, tl.sum(tl.load(x_ptr + tl.arange(0, BLOCK)), 0))
-
-
-@triton.jit
-def store_out_of_bounds_kernel(y_ptr, n, BLOCK: tl.constexpr):
-    offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    tl.store(y_ptr + offs, offs * 0.0)
-
-
-@triton.jit
-def load_before_start_kernel(x_ptr, y_ptr, BLOCK: tl.constexpr):
-    offs = tl.arange(0, BLOCK)
-    tl.store(y_ptr + offs, tl.load(x_ptr + offs - 1))
-
-
-@triton.jit
-def copy_rows_kernel(x_ptr, y_ptr, stride_x, stride_y, WIDTH: tl.constexpr):
-    row, offs = tl.program_id(0), tl.arange(0, WIDTH)
-    tl.store(y_ptr + row * stride_y + offs, tl.load(x_ptr + row * stride_x + offs))
-
-
-@triton.jit
-def missing_other_kernel(x_ptr, y_ptr, n, BLOCK: tl.constexpr):
-    offs = tl.arange(0, BLOCK)
-    tl.store(y_ptr, tl.sum(tl.load(x_ptr + offs, mask=offs < n), 0))
-
-
-@triton.jit
-def race_kernel(y_ptr, BLOCK: tl.constexpr):
-    tl.store(y_ptr + tl.arange(0, BLOCK), tl.zeros([BLOCK], tl.float32))
-
-
-@triton.jit
-def lanes_race_kernel(y_ptr, BLOCK: tl.constexpr):
-    offs = tl.arange(0, BLOCK)
-    tl.store(y_ptr + offs // 2, offs.to(tl.float32))
-
-
-@triton.jit
-def neighbour_kernel(y_ptr, n):
-    """Program i reads what program i - 1 wrote: right only in the order 0, 1, 2, ..."""
-    i = tl.program_id(0)
-    before = tl.load(y_ptr + i - 1, mask=i > 0, other=0.0)
-    tl.store(y_ptr + i, before + 1.0)
-
-
-@triton.jit
-def atomic_kernel(y_ptr):
-    tl.atomic_add(y_ptr, 1.0)
-
-
-@triton.jit
-def order_kernel(clock_ptr):
-    tl.device_print("program", tl.program_id(0))
-
-
-@triton.jit
-def partial_write_kernel(y_ptr, n, BLOCK: tl.constexpr):
-    offs = tl.arange(0, BLOCK)
-    tl.store(y_ptr + offs, offs * 1.0, mask=offs < n - 1)
-
-
-def launch(kernel, grid, *args, seed=0, **kwargs):
-    with strict_interpreter(seed):
-        kernel[grid](*args, **kwargs)
-
 
 # -- clean kernels pass, with the right numbers
 
@@ -279,12 +180,6 @@ def test_masked_load_without_other_is_poison(dtype):
     assert y.isnan().all()
 
 
-@triton.jit
-def missing_other_copy_kernel(x_ptr, y_ptr, n, BLOCK: tl.constexpr):
-    offs = tl.arange(0, BLOCK)
-    tl.store(y_ptr + offs, tl.load(x_ptr + offs, mask=offs < n))
-
-
 def test_masked_load_of_integers_is_poison():
     x, y = torch.zeros(16, dtype=torch.int32), torch.empty(16, dtype=torch.int32)
     launch(missing_other_copy_kernel, (1,), x, y, 10, BLOCK=16)
@@ -343,14 +238,6 @@ def test_missing_argument_is_refused():
         launch(race_kernel, (1,), torch.empty(8))
 
 
-@triton.jit
-def which_gpu_kernel(y_ptr):
-    if cuda_capability_geq(9):
-        tl.store(y_ptr, 90)
-    else:
-        tl.store(y_ptr, 0)
-
-
 def test_kernels_find_the_target_that_the_scope_names():
     for target, found in (("sm_80", 0), ("sm_90", 90), (None, 0)):
         y = torch.empty(1, dtype=torch.int32)
@@ -362,73 +249,3 @@ def test_kernels_find_the_target_that_the_scope_names():
 def test_scopes_do_not_nest():
     with strict_interpreter(), pytest.raises(StrictError, match="nest"), strict_interpreter():
         pass
-
-
-# -- memory equipment
-
-
-def test_poisoned_empty_covers_every_way_to_allocate():
-    with poisoned_empty():
-        base = torch.zeros(3, 4)
-        floats = [torch.empty(3), torch.empty_like(base), torch.empty_strided((2, 2), (4, 1)), base.new_empty(2)]
-        floats += [torch.empty(3, dtype=torch.bfloat16), base.new_empty_strided((2,), (2,)), base.T.new_empty(5)]
-        integers = torch.empty(3, dtype=torch.int64)
-    assert all(t.isnan().all() for t in floats)
-    assert (integers == torch.iinfo(torch.int64).max).all()
-    assert not torch.are_deterministic_algorithms_enabled()
-
-
-def test_interpreter_scope_poisons_what_is_never_written():
-    with strict_interpreter():
-        y = torch.empty(8)
-        partial_write_kernel[(1,)](y, 8, BLOCK=8)
-    assert y.isnan().tolist() == [False] * 7 + [True]
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64])
-def test_guard_margins_see_one_byte(dtype):
-    source = torch.arange(24).to(dtype).view(4, 6)[:, :5]
-    guarded = with_margins(source)
-    assert torch.equal(guarded.tensor, source)
-    assert guarded.tensor.stride() == source.stride()
-    guarded.assert_intact()
-    guarded.tensor.zero_()
-    guarded.assert_intact()
-    for byte in (0, 255, 256 + 5 * guarded.tensor.element_size(), -1):  # margins, and the gap after the first row
-        guarded.buffer[byte] ^= 1
-        with pytest.raises(StrictError, match="1 guard byte"):
-            guarded.assert_intact()
-        guarded.buffer[byte] ^= 1
-
-
-def test_guard_margins_know_what_was_written():
-    guarded = with_margins(torch.empty(2, 8), fill=False)
-    launch(partial_write_kernel, (1,), guarded.tensor, 8, BLOCK=8)
-    with pytest.raises(StrictError, match="9 of 16 elements"):
-        guarded.assert_written()
-    guarded.tensor.fill_(0.0)
-    guarded.assert_written()
-    guarded.assert_intact()
-
-
-@pytest.mark.parametrize("shape", [(0,), (3, 0, 2), ()])
-def test_guard_margins_of_odd_shapes(shape):
-    guarded = with_margins(torch.zeros(shape))
-    guarded.assert_intact()
-    assert guarded.tensor.shape == shape
-
-
-def test_every_load_and_store_agrees_with_numpy_on_a_random_view():
-    """The bounds check marks exactly the elements of a view: compared with numpy's own idea of the same view."""
-    from strict_memory import LaunchMemory
-
-    rng = np.random.default_rng(0)
-    for _ in range(30):
-        buffer = torch.zeros(512, dtype=(torch.float32, torch.bfloat16)[int(rng.integers(2))])
-        shape, stride = rng.integers(1, 5, 3), rng.integers(0, 30, 3)
-        offset = int(rng.integers(0, 40))
-        view = buffer.as_strided(shape.tolist(), stride.tolist(), offset)
-        memory = LaunchMemory("k", [("x", view)])
-        expected = {offset + int((np.array(i) * stride).sum()) for i in np.ndindex(*shape)}
-        (region,) = memory.regions
-        assert set(np.flatnonzero(region.owner >= 0).tolist()) == expected
