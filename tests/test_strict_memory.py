@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from strict_interpreter import StrictError, poisoned_empty, strict_interpreter, with_margins
+from strict_memory import LaunchMemory
 from strict_toys import launch, partial_write_kernel
 
 
@@ -60,8 +61,6 @@ def test_guard_margins_of_odd_shapes(shape):
 
 def test_every_load_and_store_agrees_with_numpy_on_a_random_view():
     """The bounds check marks exactly the elements of a view: compared with numpy's own idea of the same view."""
-    from strict_memory import LaunchMemory
-
     rng = np.random.default_rng(0)
     for _ in range(30):
         buffer = torch.zeros(512, dtype=(torch.float32, torch.bfloat16)[int(rng.integers(2))])
