@@ -4,6 +4,8 @@ import dataclasses
 import itertools
 from collections.abc import Iterable, Iterator
 
+import torch
+
 from fastchargpt.kernels.tables import Config
 
 __all__ = ["BUCKETS", "Place", "candidates", "places"]
@@ -43,6 +45,12 @@ HALF = {
         (128, 128, 8, 2),
     ),
 }  # fmt: skip
+# With so few registers (the fifth number) one more program fits a processor, and no machine code for sm_90 is longer.
+CAPPED = {
+    "forward": ((64, 64, 4, 2, 128), (64, 64, 4, 3, 128)),
+    "dq": ((64, 32, 4, 3, 96),),
+    "dkdv": ((32, 64, 4, 2, 168),),
+}
 # Exact products are ordinary multiply-adds that hold both operands in registers: tiles must be small.
 _EXACT = (
     (16, 16, 4, 1), (16, 32, 4, 1), (32, 16, 4, 1), (32, 32, 4, 1), (32, 32, 4, 2), (32, 32, 8, 1), (64, 32, 8, 1),
@@ -89,7 +97,9 @@ def places(
 def candidates(kernel: str, place: Place) -> list[Config]:
     """The settings to try; those whose blocks reach far beyond the sequence are left out."""
     longest = 1 << (place.length - 1).bit_length()  # rounded up to a power of two
-    settings = (HALF if place.dtype == "half" else FP32)[kernel]
+    settings: tuple[tuple[int, ...], ...] = (HALF if place.dtype == "half" else FP32)[kernel]
+    if place.dtype == "half" and torch.version.hip is None:
+        settings += CAPPED.get(kernel, ())
     found = [Config(kernel, *each) for each in settings]
     if kernel == "tile":
         return [config for config in found if longest <= MOST_KEYS_A_TILE and config.block_m == longest]

@@ -10,7 +10,7 @@ appendix B.
 import triton
 import triton.language as tl
 
-from .loops import key_blocks, keys_at_edge, loops, mask_in, one_loop, row_blocks, rows_at_edge, spans
+from .loops import key_blocks, keys_at_edge, loops, mask_in, one_loop, row_blocks, rows_at_edge, spans, waited_for
 from .philox_tile import keep_tile
 from .tiles import exponent, exponential, load_rows, load_tile, seen, tanh_of_scores
 
@@ -93,7 +93,7 @@ def _dq_step(
         ds = p * (dp - delta[:, None])
     if softmax.softcap is not None:
         ds *= 1.0 - tanh * tanh
-    return tl.dot(ds.to(k.dtype), k, dq, input_precision=FORM.PRECISION)
+    return waited_for(tl.dot(ds.to(k.dtype), k, dq, input_precision=FORM.PRECISION), FORM)
 
 
 @triton.jit
@@ -166,7 +166,7 @@ def _dkdv_step(
     if softmax.softcap is not None:
         ds_t *= 1.0 - tanh_t * tanh_t
     dk = tl.dot(ds_t.to(q.dtype), q, dk, input_precision=FORM.PRECISION)
-    return dk, dv
+    return waited_for(dk, FORM), dv  # which is done by then
 
 
 @triton.jit

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from .launch import LAUNCHES_KEPT, Launch, Problem, Strides
-from .loops import key_blocks, keys_at_edge, loops, mask_in, one_loop, spans
+from .loops import key_blocks, keys_at_edge, loops, mask_in, one_loop, spans, waited_for
 from .philox_tile import Dropout, keep_tile
 from .tiles import (
     LN2,
@@ -71,7 +71,7 @@ def _forward_step(
         p = tl.where(keep_tile(dropout, start_m, n, FORM.BLOCK_M, FORM.BLOCK_N), p, 0.0)
     v = load_tile(v_head, n, softmax.tk, FORM.BLOCK_N, FORM.HEAD_DIM, FORM.BLOCK_D, MASK_ROWS)
     acc = tl.dot(p.to(v.dtype), v, acc * decay[:, None], input_precision=FORM.PRECISION)
-    return acc, new_top, total
+    return waited_for(acc, FORM), new_top, total
 
 
 @triton.jit(do_not_specialize=["tq", "tk", "threshold", "window"])

@@ -22,6 +22,7 @@ __all__ = [
     "row_blocks",
     "rows_at_edge",
     "spans",
+    "waited_for",
 ]
 
 
@@ -130,3 +131,19 @@ def spans(blocks, ONE: tl.constexpr):
             (blocks.bare_begin, blocks.bare_end),
             (blocks.bare_end, blocks.end),
         )
+
+
+@triton.jit
+def waited_for(product, FORM: tl.constexpr):
+    """A product in a loop's last line, as it is, [BLOCK_M or BLOCK_N, BLOCK_D].
+
+    Where heads are narrower than their tiles, ptxas serializes Hopper's instructions in spite of a branch (`one_loop`),
+    if the next round finds the product under way. There it is made to look used here, which Triton waits for; LLVM,
+    later on, finds that nothing is done to it.
+    """
+    NARROW: tl.constexpr = FORM.HEAD_DIM != FORM.BLOCK_D
+    if NARROW and cuda_capability_geq(9) and not cuda_capability_geq(10):
+        minus_zero = tl.full(product.shape, 1 << 31, tl.uint32).to(tl.float32, bitcast=True)  # tl.full takes it for 0
+        return tl.fma(product, tl.full(product.shape, 1.0, tl.float32), minus_zero)
+    else:
+        return product

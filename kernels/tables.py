@@ -46,9 +46,11 @@ class Config:
     block_n: int  # keys a tile
     num_warps: int
     num_stages: int  # depth of the software pipeline
+    max_registers: int | None = None  # a thread; NVIDIA only. None: as many as the compiler likes
 
     def __str__(self) -> str:
-        return f"{self.kernel} {self.block_m}x{self.block_n} w{self.num_warps} s{self.num_stages}"
+        cap = f" r{self.max_registers}" if self.max_registers else ""
+        return f"{self.kernel} {self.block_m}x{self.block_n} w{self.num_warps} s{self.num_stages}{cap}"
 
     @property
     def options(self) -> dict[str, Any]:
@@ -58,6 +60,7 @@ class Config:
             "BLOCK_N": self.block_n,
             "num_warps": self.num_warps,
             "num_stages": self.num_stages,
+            **({"maxnreg": self.max_registers} if self.max_registers else {}),
         }
 
 
@@ -87,12 +90,8 @@ class Entry:
         """A flat dictionary, as it stands in a table."""
         fields = dataclasses.asdict(self)
         rest = {name: fields[name] for name in ("variants", "calls") if fields[name] != "all"}
-        return {
-            "kernel": fields["config"].pop("kernel"),
-            **{k: fields[k] for k in _KEYS},
-            **fields["config"],
-            **rest,
-        }
+        config = {name: value for name, value in fields["config"].items() if value is not None}
+        return {"kernel": config.pop("kernel"), **{k: fields[k] for k in _KEYS}, **config, **rest}
 
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> "Entry":
@@ -133,6 +132,9 @@ class Entry:
                 raise ValueError(f"{name} must be a power of two from {least} to {most}; it is {number}")
         if not 1 <= config.num_stages <= 8 or not 1 <= self.head_dim <= 256:
             raise ValueError("num_stages must be from 1 to 8 and head_dim from 1 to 256")
+        cap = config.max_registers
+        if cap is not None and not (type(cap) is int and 24 <= cap <= 255):  # ptxas takes fewer for 24
+            raise ValueError(f"max_registers must be a whole number from 24 to 255; it is {cap!r}")
         if self.max_length is not None and self.max_length < 1:
             raise ValueError(f"max_length must be positive or null; it is {self.max_length}")
         if config.kernel == "tile" and not 0 < (self.max_length or 0) <= min(config.block_m, config.block_n):
@@ -169,7 +171,10 @@ def read_table(path: Path, arch: str) -> tuple[Entry, ...]:
         table = json.loads(path.read_text(encoding="utf-8"))
         if table["arch"] != arch:
             raise ValueError(f"it is for {table['arch']}, not for {arch}")
-        return tuple(Entry.from_json(fields) for fields in table["entries"])
+        entries = tuple(Entry.from_json(fields) for fields in table["entries"])
+        if arch.startswith("gfx") and any(entry.config.max_registers for entry in entries):
+            raise ValueError("max_registers is for NVIDIA's GPUs")
+        return entries
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ConfigError(f"the launch table {path} cannot be read: {type(error).__name__}: {error}") from error
 

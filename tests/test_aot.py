@@ -3,6 +3,8 @@
 The toy kernels are compiled for real targets; no GPU is needed.
 """
 
+import dataclasses
+
 import pytest
 import torch
 import triton
@@ -126,6 +128,9 @@ def test_on_hopper_a_rounds_last_products_run_on_into_the_next(config, waits, dr
     (judgement,) = judge(config, case, "sm_90")
     (loop,) = judgement.report.matrix_loops
     assert loop.count(r"WARPGROUP\.DEPBAR") == waits
+    (narrow,) = judge(config, dataclasses.replace(case, head_dim=52), "sm_90")  # which ptxas would serialize
+    (loop,) = narrow.report.matrix_loops
+    assert loop.count(r"WARPGROUP\.DEPBAR") == waits + 1
 
 
 @pytest.mark.parametrize(("precision", "has_tf32"), [("ieee", False), ("tf32", True)])

@@ -224,6 +224,7 @@ def test_a_candidate_that_takes_the_device_down_is_never_tried_again(tmp_path: P
             "a tile's max_length",
         ),  # a tile that does not hold its sequence would be wrong, not slow
         (("kernel", "fast"), "kernel must be one of"),
+        (("max_registers", 512), "max_registers must be a whole number from 24 to 255; it is 512"),
         (("dtype", "fp8"), "dtype must be half or fp32"),
     ],
     ids=str,

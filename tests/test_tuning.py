@@ -77,7 +77,7 @@ def test_entries_are_well_formed_and_none_is_said_twice(arch: str) -> None:
 def test_a_table_survives_being_written(tmp_path: Path) -> None:
     entries = [
         Entry(config=Config("forward", 64, 32, 4, 2), dtype="half", head_dim=64, max_length=None, dropout=True),
-        Entry(config=Config("tile", 64, 64, 4, 1), dtype="half", head_dim=64, max_length=64, dropout=False),
+        Entry(config=Config("tile", 64, 64, 4, 1, 128), dtype="half", head_dim=64, max_length=64, dropout=False),
     ]
     path = tmp_path / "sm_80.json"
     tables.save_table(path, "sm_80", entries, facts={"gpu": "A100"}, lists={"measurements": [{"us": 1.5}], "none": []})
@@ -180,6 +180,10 @@ def test_a_broken_table_is_named(tmp_path: Path) -> None:
     (tmp_path / "sm_80.json").write_text('{"arch": "sm_80", "entries": [{"kernel": "forward"}]}')
     with pytest.raises(ConfigError, match=r"sm_80\.json cannot be read: KeyError"):
         tables.read_table(tmp_path / "sm_80.json", "sm_80")
+    capped = Entry(config=Config("dq", 64, 32, 4, 2, 96), dtype="half", head_dim=64, max_length=None, dropout=True)
+    tables.save_table(tmp_path / "gfx942.json", "gfx942", [capped])
+    with pytest.raises(ConfigError, match=r"gfx942\.json.*max_registers is for NVIDIA"):
+        tables.read_table(tmp_path / "gfx942.json", "gfx942")
 
 
 def test_an_entry_for_other_calls_serves_variants_of_plain_ones_too(monkeypatch: pytest.MonkeyPatch) -> None:

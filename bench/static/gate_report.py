@@ -54,6 +54,7 @@ class Row(NamedTuple):
     block_n: int
     warps: int
     stages: int
+    max_registers: int | str  # where the settings have one
     launches: int
     registers: str
     spills: str
@@ -164,6 +165,7 @@ def judge_entry(arguments: tuple[str, Entry, Case], *, counted: bool = True) -> 
         block_n=config.block_n,
         warps=config.num_warps,
         stages=config.num_stages,
+        max_registers=config.max_registers or "",
         launches=len(judgements),
         registers=each("registers"),
         spills=each("spills"),

@@ -251,7 +251,7 @@ def own_rows(target: str, n_ctx: int, head_dim: int) -> Iterable[Row]:
 def _own_row(
     configs: tuple[Config, ...], direction: str, implementation: str, target: str, n_ctx: int, head_dim: int
 ) -> Row:
-    blocks = " + ".join(f"{c.kernel} {c.block_m}x{c.block_n} w{c.num_warps} s{c.num_stages}" for c in configs)
+    blocks = " + ".join(map(str, configs))
     longest = n_ctx if configs[0].kernel == "tile" else ENTERS_EVERY_LOOP
     row, objections = bound(
         own(configs),
