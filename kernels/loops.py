@@ -27,9 +27,9 @@ __all__ = [
 
 
 class Blocks(NamedTuple):
-    """Where the blocks are that a program sees some of, from begin to end; of the bare ones it sees everything.
+    """Where the blocks are that a program sees some of, from begin to end; those it sees all of are bare of a mask.
 
-    All but `end` are multiples of a block's length.
+    begin and bare_begin are multiples of a block's length.
     """
 
     begin: Any

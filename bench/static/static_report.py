@@ -53,7 +53,7 @@ BEYOND_SHORT = 1 << 20  # a sequence that no one-launch backward serves
 # Block sizes (owned, walked over), warps, stages that the textbook may choose from, by head_dim: at 128 also those that
 # the package's own tables take there.
 _USUAL = ((64, 32, 4, 2), (64, 64, 4, 2), (128, 64, 8, 2), (32, 32, 4, 2), (64, 32, 4, 1))
-TEXTBOOK = {32: _USUAL, 64: _USUAL, 128: (*_USUAL, (64, 64, 8, 2), (64, 16, 4, 2))}
+TEXTBOOK = {32: _USUAL, 64: _USUAL, 128: (*_USUAL, (64, 64, 8, 2), (64, 16, 4, 2), (128, 32, 8, 2))}
 
 
 class Row(NamedTuple):
