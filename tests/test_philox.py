@@ -9,14 +9,14 @@ import triton.language as tl
 from strict_interpreter import strict_interpreter
 
 from fastchargpt.kernels import philox
-from fastchargpt.kernels.philox_tile import keep_tile
+from fastchargpt.kernels.philox_tile import Dropout, keep_tile
 
 
 @triton.jit
 def keep_kernel(
     out_ptr, seed_ptr, batch, head, first_row, first_column, threshold, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
 ):
-    keep = keep_tile((seed_ptr, batch, head, threshold), first_row, first_column, BLOCK_M, BLOCK_N)
+    keep = keep_tile(Dropout(seed_ptr, batch, head, threshold, 1.0), first_row, first_column, BLOCK_M, BLOCK_N)
     rows, columns = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
     tl.store(out_ptr + rows[:, None] * BLOCK_N + columns[None, :], keep.to(tl.int8))
 
