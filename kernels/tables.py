@@ -133,7 +133,7 @@ class Entry:
         if not 1 <= config.num_stages <= 8 or not 1 <= self.head_dim <= 256:
             raise ValueError("num_stages must be from 1 to 8 and head_dim from 1 to 256")
         cap = config.max_registers
-        if cap is not None and not (type(cap) is int and 24 <= cap <= 255):  # ptxas takes fewer for 24
+        if cap is not None and not (type(cap) is int and 24 <= cap <= 255):  # 24 is the ABI's least
             raise ValueError(f"max_registers must be a whole number from 24 to 255; it is {cap!r}")
         if self.max_length is not None and self.max_length < 1:
             raise ValueError(f"max_length must be positive or null; it is {self.max_length}")
