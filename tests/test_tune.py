@@ -250,6 +250,14 @@ def test_a_damaged_table_is_refused_in_a_sentence_once_and_the_shipped_one_serve
     assert plan == plan_for(ARCH, "half", 64, 64, False)
 
 
+def test_registers_are_capped_on_nvidia_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    place = Place("half", 64, 128, False)
+    for hip, capped in ((None, True), ("6.4", False)):
+        monkeypatch.setattr(torch.version, "hip", hip)
+        for kernel in ("forward", "dq", "dkdv"):
+            assert any(config.max_registers for config in candidates(kernel, place)) == capped
+
+
 def test_a_damaged_table_is_not_gone_on_from(tmp_path: Path) -> None:
     (tmp_path / "t.json").write_text("{")
     with pytest.raises(ConfigError, match=r"t\.json cannot be read"):

@@ -33,7 +33,7 @@ from fastchargpt.kernels.tuning import KERNELS, Config, Entry, load_table, save_
 __all__ = ["HEAD_DIMS", "SHIPPED", "choose", "slots"]
 
 TABLES = ROOT / "kernels" / "tuning"
-Settings = tuple[int, int, int, int]  # BLOCK_M, BLOCK_N, warps, stages
+Settings = tuple[int, ...]  # BLOCK_M, BLOCK_N, warps, stages and, where there is one, max_registers
 HEAD_DIMS = (64, 128, 256)  # narrower heads take what is for 64; sm_90 has entries for 32, which were measured
 # The dtype and head_dims of a target that `bench attention --tune` measured: an estimate does not replace them.
 MEASURED: dict[str, tuple[str, tuple[int, ...]]] = {"sm_90": ("half", (32, 64, 128))}
@@ -99,6 +99,9 @@ FIRST: dict[tuple[str, str, int], dict[tuple[str, ...], list[Settings]]] = {
     ("forward", "half", 128): {
         ("sm_80", "sm_100"): [(128, 64, 8, 2)],
         ("gfx942",): [(128, 32, 4, 2)],
+    },
+    ("blocks", "half", 64): {
+        ("sm_100",): [(32, 64, 4, 2, 168)],  # without a cap ptxas spills at a ragged T, far below the 255 there are
     },
     ("blocks", "half", 128): {
         ("gfx942",): [(16, 64, 4, 2)],
@@ -171,8 +174,8 @@ def _passes(config: Config, wanted: list[Case], target: str) -> bool:
 def choose(target: str, kernel: str, dtype: str, head_dim: int, max_length: int | None) -> Iterator[Entry]:
     """The first candidate that passes, preferably with dropout; where that costs a better one, that one too."""
     plain: Entry | None = None
-    for block_m, block_n, warps, stages in candidates(target, kernel, dtype, head_dim, max_length):
-        config = Config(kernel, block_m, block_n, warps, stages)
+    for settings in candidates(target, kernel, dtype, head_dim, max_length):
+        config = Config(kernel, *settings)
         keys = {"dtype": dtype, "head_dim": head_dim, "max_length": max_length}
         for dropout in (False, True) if kernel != "decode" else (False,):
             entry = Entry(config=config, dropout=dropout, **keys)
