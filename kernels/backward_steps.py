@@ -10,7 +10,7 @@ appendix B.
 import triton
 import triton.language as tl
 
-from .loops import key_blocks, keys_at_edge, loops, mask_in, one_loop, row_blocks, rows_at_edge, spans, waited_for
+from .loops import keys_at_edge, loops, mask_in, one_loop, row_blocks, rows_at_edge, spans, waited_for
 from .philox_tile import keep_tile
 from .tiles import exponent, exponential, load_rows, load_tile, seen, tanh_of_scores
 
@@ -31,10 +31,10 @@ def delta_of_rows(out, dout, dlse_head, start_m, tq, BLOCK_M: tl.constexpr, HAS_
 
 
 @triton.jit
-def lse_of_rows(lse_head, start_m, tq, like, BLOCK_M: tl.constexpr):
+def lse_of_rows(lse_head, start_m, tq, dtype, BLOCK_M: tl.constexpr):
     """The rows' log-sum-exp as exponents, [BLOCK_M], +inf (probability 0) for rows not there or that see nothing."""
     lse = load_rows(lse_head, start_m, tq, float("inf"), BLOCK_M)
-    return tl.where(lse == float("-inf"), float("inf"), exponent(lse, like))
+    return tl.where(lse == float("-inf"), float("inf"), exponent(lse, dtype))
 
 
 @triton.jit
@@ -44,8 +44,10 @@ def padded_rows(tq):
 
 
 @triton.jit
-def keep_rows(lse_head, delta_head, lse, delta, start_m, tq, BLOCK_M: tl.constexpr):
+def keep_rows(lse_ptr, delta_ptr, batch_head, lse, delta, start_m, tq, BLOCK_M: tl.constexpr):
     """Store a block's lse (exponents, +inf for rows not there) and delta (0), and after the last block the padding."""
+    before = tl.cast(batch_head, tl.int64) * padded_rows(tq)
+    lse_head, delta_head = lse_ptr + before, delta_ptr + before
     rows = start_m + tl.arange(0, BLOCK_M)
     tl.store(lse_head + rows, lse)
     tl.store(delta_head + rows, delta)
@@ -69,7 +71,7 @@ def _dq_step(
     dropout,
     start_m,
     n,
-    blocks,
+    keys,
     MASK: tl.constexpr,
     FORM: tl.constexpr,
 ):
@@ -79,11 +81,11 @@ def _dq_step(
     v = load_tile(v_head, n, softmax.tk, FORM.BLOCK_N, FORM.HEAD_DIM, FORM.BLOCK_D, MASK_ROWS)
     scores = tl.dot(q, tl.trans(k), input_precision=FORM.PRECISION)  # [BLOCK_M, BLOCK_N]
     if softmax.softcap is None:
-        p = exponential(scores * softmax.scale - lse[:, None], q)
+        p = exponential(scores * softmax.scale - lse[:, None], q.dtype)
     else:
-        tanh = tanh_of_scores(scores, softmax.scale, softmax.softcap, q)
-        p = exponential(tanh * exponent(softmax.softcap, q) - lse[:, None], q)
-    if MASK == "all" or (MASK == "edges" and keys_at_edge(n, blocks, softmax)):
+        tanh = tanh_of_scores(scores, softmax.scale, softmax.softcap, q.dtype)
+        p = exponential(tanh * exponent(softmax.softcap, q.dtype) - lse[:, None], q.dtype)
+    if MASK == "all" or (MASK == "edges" and keys_at_edge(n, keys, softmax)):
         p = tl.where(seen(start_m, n, softmax, FORM), p, 0.0)
     dp = tl.dot(dout, tl.trans(v), input_precision=FORM.PRECISION)  # [BLOCK_M, BLOCK_N]
     if FORM.DROPOUT:
@@ -97,16 +99,15 @@ def _dq_step(
 
 
 @triton.jit
-def dq_of_block(q, dout, lse, delta, k_head, v_head, softmax, dropout, start_m, FORM: tl.constexpr):
-    """dq / scale of a block of queries, [BLOCK_M, BLOCK_D]."""
+def dq_of_block(q, dout, lse, delta, k_head, v_head, softmax, dropout, start_m, keys, FORM: tl.constexpr):
+    """dq / scale of a block of queries, [BLOCK_M, BLOCK_D]; `keys` are its `key_blocks`."""
     dq = tl.zeros((FORM.BLOCK_M, FORM.BLOCK_D), dtype=tl.float32)
-    blocks = key_blocks(start_m, softmax, FORM)
     ONE_LOOP: tl.constexpr = one_loop()
-    ranges = spans(blocks, ONE_LOOP)
+    ranges = spans(keys, ONE_LOOP)
     for loop in tl.static_range(loops(ONE_LOOP)):
         for n in range(ranges[loop][0], ranges[loop][1], FORM.BLOCK_N):
             dq = _dq_step(
-                dq, q, dout, lse, delta, k_head, v_head, softmax, dropout, start_m, n, blocks,
+                dq, q, dout, lse, delta, k_head, v_head, softmax, dropout, start_m, n, keys,
                 mask_in(loop, ONE_LOOP), FORM,
             )  # fmt: skip
     return dq
@@ -128,7 +129,7 @@ def _dkdv_step(
     dropout,
     start_n,
     m,
-    blocks,
+    rows,
     MASK: tl.constexpr,
     FORM: tl.constexpr,
     INLINE_DELTA: tl.constexpr,
@@ -140,7 +141,7 @@ def _dkdv_step(
         q = -q
     dout = load_tile(dout_head, m, softmax.tq, FORM.BLOCK_M, FORM.HEAD_DIM, FORM.BLOCK_D, FORM.RAGGED)
     if INLINE_DELTA:
-        lse = lse_of_rows(lse_head, m, softmax.tq, q, FORM.BLOCK_M)
+        lse = lse_of_rows(lse_head, m, softmax.tq, q.dtype, FORM.BLOCK_M)
         out = load_tile(out_head, m, softmax.tq, FORM.BLOCK_M, FORM.HEAD_DIM, FORM.BLOCK_D, FORM.RAGGED)
         delta = delta_of_rows(out, dout, dlse_head, m, softmax.tq, FORM.BLOCK_M, HAS_DLSE)
     else:  # from keep_rows
@@ -148,11 +149,11 @@ def _dkdv_step(
         delta = tl.load(delta_head + m + tl.arange(0, FORM.BLOCK_M))
     scores_t = tl.dot(k, tl.trans(q), input_precision=FORM.PRECISION)  # [BLOCK_N, BLOCK_M]
     if softmax.softcap is None:
-        p_t = exponential(scores_t * softmax.scale - lse[None, :], q)
+        p_t = exponential(scores_t * softmax.scale - lse[None, :], q.dtype)
     else:
-        tanh_t = tanh_of_scores(scores_t, softmax.scale, softmax.softcap, q)
-        p_t = exponential(tanh_t * exponent(softmax.softcap, q) - lse[None, :], q)
-    if FORM.CAUSAL and (MASK == "all" or (MASK == "edges" and rows_at_edge(m, blocks, softmax))):
+        tanh_t = tanh_of_scores(scores_t, softmax.scale, softmax.softcap, q.dtype)
+        p_t = exponential(tanh_t * exponent(softmax.softcap, q.dtype) - lse[None, :], q.dtype)
+    if FORM.CAUSAL and (MASK == "all" or (MASK == "edges" and rows_at_edge(m, rows, softmax))):
         p_t = tl.where(tl.trans(seen(m, start_n, softmax, FORM)), p_t, 0.0)
     dp_t = tl.dot(v, tl.trans(dout), input_precision=FORM.PRECISION)
     if FORM.DROPOUT:
@@ -192,13 +193,13 @@ def dkdv_of_block(
 
     INLINE_DELTA: lse_head holds what the forward wrote, and delta is computed from out; else both are from `keep_rows`.
     """
-    blocks = row_blocks(start_n, softmax, FORM)
+    rows = row_blocks(start_n, softmax, FORM)
     ONE_LOOP: tl.constexpr = one_loop(FORM.DROPOUT)
-    ranges = spans(blocks, ONE_LOOP)
+    ranges = spans(rows, ONE_LOOP)
     for loop in tl.static_range(loops(ONE_LOOP)):
         for m in range(ranges[loop][0], ranges[loop][1], FORM.BLOCK_M):
             dk, dv = _dkdv_step(
                 dk, dv, k, v, q_head, dout_head, out_head, lse_head, delta_head, dlse_head, softmax, dropout, start_n,
-                m, blocks, mask_in(loop, ONE_LOOP), FORM, INLINE_DELTA, HAS_DLSE,
+                m, rows, mask_in(loop, ONE_LOOP), FORM, INLINE_DELTA, HAS_DLSE,
             )  # fmt: skip
     return dk, dv

@@ -23,15 +23,17 @@ from .backward_steps import (
     lse_of_rows,
     padded_rows,
 )
-from .launch import LAUNCHES_KEPT, Launch, Problem, Strides
+from .launch import LAUNCHES_KEPT, VARYING, Launch, Problem, Strides, overlapping
+from .loops import key_blocks
 from .philox_tile import Dropout
+from .programs import await_last, begin_next, compiled_for, located
 from .tiles import Form, Softmax, exponent, head_of, load_tile, store_tile
 from .tuning import Config
 
 __all__ = ["backward", "backward_dkdv_kernel", "backward_dq_kernel"]
 
 
-@triton.jit(do_not_specialize=["tq", "tk", "threshold", "window"])
+@triton.jit(do_not_specialize=VARYING)
 def backward_dq_kernel(
     q_ptr,
     k_ptr,
@@ -50,7 +52,10 @@ def backward_dq_kernel(
     out_strides,
     dout_strides,
     dq_strides,
-    heads,
+    together,
+    together_inverse,
+    heads,  # the queries'
+    heads_inverse,
     group,
     tq,
     tk,
@@ -72,11 +77,8 @@ def backward_dq_kernel(
     HAS_DLSE: tl.constexpr,
 ):
     """What is kept for the second launch, and dq. Grid: (cdiv(tq, BLOCK_M) * B * Hq,)."""
-    count = tl.cdiv(tq, BLOCK_M)
-    start_m = (count - 1 - tl.program_id(0) % count) * BLOCK_M  # the longest rows first
-    batch_head = tl.program_id(0) // count
-    batch = batch_head // heads
-    head = batch_head % heads
+    block, batch, head, batch_head = located(together, together_inverse, heads, heads_inverse)
+    start_m = (tl.cdiv(tq, BLOCK_M) - 1 - block) * BLOCK_M  # the longest rows first
     rows_before = tl.cast(batch_head, tl.int64) * tq
     q_head = head_of(q_ptr, q_strides, batch, head, ALIGN)
     out_head = head_of(out_ptr, out_strides, batch, head, ALIGN)
@@ -84,24 +86,29 @@ def backward_dq_kernel(
     k_head = head_of(k_ptr, k_strides, batch, head // group, ALIGN)
     v_head = head_of(v_ptr, v_strides, batch, head // group, ALIGN)
 
+    softmax = Softmax(tq, tk, exponent(tl.abs(scale), q_ptr.dtype.element_ty), window, softcap)
+    FORM: tl.constexpr = Form(HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, CAUSAL, NEGATE, DROPOUT, PRECISION, RAGGED)
+    keys = key_blocks(start_m, softmax, FORM)
+    begin_next()
     out = load_tile(out_head, start_m, tq, BLOCK_M, HEAD_DIM, BLOCK_D, True)
     dout = load_tile(dout_head, start_m, tq, BLOCK_M, HEAD_DIM, BLOCK_D, True)
     delta = delta_of_rows(out, dout, dlse_ptr + rows_before, start_m, tq, BLOCK_M, HAS_DLSE)
     q = load_tile(q_head, start_m, tq, BLOCK_M, HEAD_DIM, BLOCK_D, True)
     if NEGATE:
         q = -q
-    lse = lse_of_rows(lse_ptr + rows_before, start_m, tq, q, BLOCK_M)
-    kept_before = tl.cast(batch_head, tl.int64) * padded_rows(tq)
-    keep_rows(kept_lse_ptr + kept_before, kept_delta_ptr + kept_before, lse, delta, start_m, tq, BLOCK_M)
-    softmax = Softmax(tq, tk, exponent(tl.abs(scale), q), window, softcap)
+    lse = lse_of_rows(lse_ptr + rows_before, start_m, tq, q.dtype, BLOCK_M)
+    KEEP_LAST: tl.constexpr = compiled_for(9, below=10)  # the loop's first loads come earlier, but registers are held
+    if not KEEP_LAST:
+        keep_rows(kept_lse_ptr, kept_delta_ptr, batch_head, lse, delta, start_m, tq, BLOCK_M)
     dropout = Dropout(seed_ptr, batch, head, threshold, keep_scale)
-    FORM: tl.constexpr = Form(HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, CAUSAL, NEGATE, DROPOUT, PRECISION, RAGGED)
-    dq = dq_of_block(q, dout, lse, delta, k_head, v_head, softmax, dropout, start_m, FORM)
+    dq = dq_of_block(q, dout, lse, delta, k_head, v_head, softmax, dropout, start_m, keys, FORM)
+    if KEEP_LAST:
+        keep_rows(kept_lse_ptr, kept_delta_ptr, batch_head, lse, delta, start_m, tq, BLOCK_M)
     dq_head = head_of(dq_ptr, dq_strides, batch, head, ALIGN)
     store_tile(dq_head, dq * scale, start_m, tq, BLOCK_M, HEAD_DIM, BLOCK_D)
 
 
-@triton.jit(do_not_specialize=["tq", "tk", "threshold", "window"])
+@triton.jit(do_not_specialize=VARYING)
 def backward_dkdv_kernel(
     q_ptr,
     k_ptr,
@@ -118,7 +125,10 @@ def backward_dkdv_kernel(
     dout_strides,
     dk_strides,
     dv_strides,
-    heads,
+    together,
+    together_inverse,
+    heads,  # the keys'
+    heads_inverse,
     group,
     tq,
     tk,
@@ -139,24 +149,22 @@ def backward_dkdv_kernel(
     RAGGED: tl.constexpr,
 ):
     """dk and dv. Grid: (cdiv(tk, BLOCK_N) * B * Hkv,)."""
-    count = tl.cdiv(tk, BLOCK_N)
-    start_n = tl.program_id(0) % count * BLOCK_N  # the keys that most rows see first
-    kv_heads = heads // group
-    batch = tl.program_id(0) // count // kv_heads
-    kv_head = tl.program_id(0) // count % kv_heads
+    block, batch, kv_head, batch_head = located(together, together_inverse, heads, heads_inverse)
+    start_n = block * BLOCK_N  # the keys that most rows see first
     k_head = head_of(k_ptr, k_strides, batch, kv_head, ALIGN)
     v_head = head_of(v_ptr, v_strides, batch, kv_head, ALIGN)
+    softmax = Softmax(tq, tk, exponent(tl.abs(scale), k_ptr.dtype.element_ty), window, softcap)
+    FORM: tl.constexpr = Form(HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, CAUSAL, NEGATE, DROPOUT, PRECISION, RAGGED)
     k = load_tile(k_head, start_n, tk, BLOCK_N, HEAD_DIM, BLOCK_D, True)
     v = load_tile(v_head, start_n, tk, BLOCK_N, HEAD_DIM, BLOCK_D, True)
     dk = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32)
     dv = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32)
-    softmax = Softmax(tq, tk, exponent(tl.abs(scale), k), window, softcap)
-    FORM: tl.constexpr = Form(HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, CAUSAL, NEGATE, DROPOUT, PRECISION, RAGGED)
+    await_last()
     for member in range(group):
         head = kv_head * group + member
         q_head = head_of(q_ptr, q_strides, batch, head, ALIGN)
         dout_head = head_of(dout_ptr, dout_strides, batch, head, ALIGN)
-        before = (tl.cast(batch, tl.int64) * heads + head) * padded_rows(tq)
+        before = (tl.cast(batch_head, tl.int64) * group + member) * padded_rows(tq)
         dropout = Dropout(seed_ptr, batch, head, threshold, keep_scale)
         dk, dv = dkdv_of_block(
             dk, dv, k, v, q_head, dout_head, dout_head, kept_lse_ptr + before, kept_delta_ptr + before, kept_lse_ptr,
@@ -170,21 +178,21 @@ def backward_dkdv_kernel(
 
 @functools.lru_cache(maxsize=LAUNCHES_KEPT)
 def _launch_dq(problem: Problem, strides: tuple[Strides, ...], has_dlse: bool, config: Config) -> Launch:
-    batch, heads, tq, _ = problem.q_shape
-    programs = triton.cdiv(tq, config.block_m) * batch * heads
+    heads, tq = problem.q_shape[1:3]
+    blocks = triton.cdiv(tq, config.block_m)
     named = dict(zip(("q", "k", "v", "out", "dout", "dq"), strides, strict=True))
     flags = {"RAGGED": problem.k_shape[2] % config.block_n != 0, "HAS_DLSE": has_dlse}
-    return Launch(backward_dq_kernel, programs, problem, named, **config.options, **flags)
+    return Launch(backward_dq_kernel, blocks, heads, problem, named, config.in_turn, **config.options, **flags)
 
 
 @functools.lru_cache(maxsize=LAUNCHES_KEPT)
 def _launch_dkdv(problem: Problem, strides: tuple[Strides, ...], config: Config) -> Launch:
     assert config.block_m <= ROWS_AT_ONCE.value, "a block of rows would end outside of what is kept"
-    batch, kv_heads, tk, _ = problem.k_shape
-    programs = triton.cdiv(tk, config.block_n) * batch * kv_heads
+    kv_heads, tk = problem.k_shape[1:3]
+    blocks = triton.cdiv(tk, config.block_n)
     named = dict(zip(("q", "k", "v", "dout", "dk", "dv"), strides, strict=True))
-    ragged = problem.q_shape[2] % config.block_m != 0
-    return Launch(backward_dkdv_kernel, programs, problem, named, **config.options, RAGGED=ragged)
+    options = {**config.options, **overlapping(problem.device), "RAGGED": problem.q_shape[2] % config.block_m != 0}
+    return Launch(backward_dkdv_kernel, blocks, kv_heads, problem, named, config.in_turn, **options)
 
 
 def backward(

@@ -9,12 +9,14 @@ merges the stretches. Source: Dao et al., "Flash-Decoding for long-context infer
 # (a kernel is Triton's language in Python's grammar: its arguments have no Python types)
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
-from .launch import LAUNCHES_KEPT, Launch, Problem, Strides
+from .launch import LAUNCHES_KEPT, VARYING, Launch, Problem, Strides
+from .programs import located
 from .tiles import LN2, aligned, exponent, exponential, head_of, load_tile, natural, tanh_of_scores
 from .tuning import Config
 
@@ -24,7 +26,7 @@ MAX_ROWS = 16  # queries times heads that share a key head: one tile of the leas
 PROGRAMS_PER_PROCESSOR = 2  # that the first launch aims at
 
 
-@triton.jit(do_not_specialize=["tq", "tk", "stretch", "threshold", "window"])
+@triton.jit(do_not_specialize=VARYING)
 def decode_split_kernel(
     q_ptr,
     k_ptr,
@@ -35,7 +37,10 @@ def decode_split_kernel(
     k_strides,
     v_strides,
     stretch,  # keys a program, a multiple of BLOCK_N
-    heads,
+    together,
+    together_inverse,
+    heads,  # the keys'
+    heads_inverse,
     group,
     tq,
     tk,
@@ -56,12 +61,7 @@ def decode_split_kernel(
 ):
     """Grid: (splits * B * Hkv,); group * tq <= BLOCK_M; no dropout."""
     tl.static_assert(not DROPOUT, "decoding has no dropout")
-    pieces = tl.cdiv(tk, stretch)
-    piece = tl.program_id(0) % pieces
-    batch_head = tl.program_id(0) // pieces
-    kv_heads = heads // group
-    batch = batch_head // kv_heads
-    kv_head = batch_head % kv_heads
+    piece, batch, kv_head, batch_head = located(together, together_inverse, heads, heads_inverse)
     k_head = head_of(k_ptr, k_strides, batch, kv_head, ALIGN)
     v_head = head_of(v_ptr, v_strides, batch, kv_head, ALIGN)
 
@@ -75,7 +75,7 @@ def decode_split_kernel(
     q = tl.load(q_rows + columns.to(tl.int64)[None, :] * q_head.stride_d, mask=mask_q, other=0.0)  # [BLOCK_M, BLOCK_D]
     if NEGATE:
         q = -q
-    to_exponent = exponent(tl.abs(scale), q)
+    to_exponent = exponent(tl.abs(scale), q.dtype)
     if CAUSAL:
         last_seen = query + (tk - tq)
     else:
@@ -90,15 +90,15 @@ def decode_split_kernel(
             scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * to_exponent  # [BLOCK_M, BLOCK_N]
         else:
             scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-            scores = tanh_of_scores(scores, to_exponent, softcap, q) * exponent(softcap, q)
+            scores = tanh_of_scores(scores, to_exponent, softcap, q.dtype) * exponent(softcap, q.dtype)
         scores = tl.where((last_seen - n)[:, None] >= tl.arange(0, BLOCK_N)[None, :], scores, float("-inf"))
         if window is not None:
             behind = (last_seen - window - n)[:, None] > tl.arange(0, BLOCK_N)[None, :]
             scores = tl.where(behind, float("-inf"), scores)
         new_top = tl.maximum(top, tl.max(scores, 1))
         shown = tl.where(new_top == float("-inf"), 0.0, new_top)
-        p = exponential(scores - shown[:, None], q)
-        decay = exponential(top - shown, q)
+        p = exponential(scores - shown[:, None], q.dtype)
+        decay = exponential(top - shown, q.dtype)
         total = total * decay + tl.sum(p, 1)
         v = load_tile(v_head, n, tk, BLOCK_N, HEAD_DIM, BLOCK_D, True)
         acc = tl.dot(p.to(v.dtype), v, acc * decay[:, None], input_precision=PRECISION)
@@ -106,14 +106,14 @@ def decode_split_kernel(
 
     blind = total == 0.0
     safe_total = tl.where(blind, 1.0, total)
-    slot = (tl.cast(batch_head, tl.int64) * (group * tq) + rows) * pieces + piece  # [BLOCK_M]
+    slot = (tl.cast(batch_head, tl.int64) * (group * tq) + rows) * tl.cdiv(tk, stretch) + piece  # [BLOCK_M]
     mask_part = (rows < group * tq)[:, None] & (columns < HEAD_DIM)[None, :]
     tl.store(part_ptr + slot[:, None] * HEAD_DIM + columns[None, :], acc / safe_total[:, None], mask=mask_part)
-    lse = tl.where(blind, float("-inf"), natural(top, q) + tl.log2(safe_total) * LN2)
+    lse = tl.where(blind, float("-inf"), natural(top, q.dtype) + tl.log2(safe_total) * LN2)
     tl.store(part_lse_ptr + slot, lse, mask=rows < group * tq)
 
 
-@triton.jit(do_not_specialize=["tq", "pieces"])
+@triton.jit(do_not_specialize=VARYING)
 def decode_merge_kernel(
     part_ptr,
     part_lse_ptr,
@@ -121,17 +121,18 @@ def decode_merge_kernel(
     lse_ptr,  # (B, Hq, Tq) contiguous
     out_strides,
     pieces,
-    heads,
+    together,
+    together_inverse,
+    heads,  # the queries'
+    heads_inverse,
     tq,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
     """One row of out and lse from its pieces. Grid: (B * Hq * Tq,)."""
-    row = tl.program_id(0)  # (batch, kv head, member, query) counts as (batch, head, query)
-    query = row % tq
-    head = row // tq % heads
-    batch = row // tq // heads
+    query, batch, head, batch_head = located(together, together_inverse, heads, heads_inverse)
+    row = batch_head * tq + query  # (batch, kv head, member, query) counts as (batch, head, query)
     columns = tl.arange(0, BLOCK_D)
     first = tl.cast(row, tl.int64) * pieces
     top = -float("inf")
@@ -177,18 +178,17 @@ def _stretch(tk: int, wanted: int, block_n: int) -> int:
 
 @functools.lru_cache(maxsize=LAUNCHES_KEPT)
 def _launch_split(problem: Problem, strides: tuple[Strides, ...], config: Config, pieces: int) -> Launch:
-    batch, kv_heads, tk, _ = problem.k_shape
+    kv_heads, tk = problem.k_shape[1:3]
     named = dict(zip(("q", "k", "v"), strides, strict=True))
     stretch = _stretch(tk, pieces, config.block_n)
-    programs = pieces * batch * kv_heads
-    return Launch(decode_split_kernel, programs, problem, named, stretch=stretch, **config.options)
+    return Launch(decode_split_kernel, pieces, kv_heads, problem, named, stretch=stretch, **config.options)
 
 
 @functools.lru_cache(maxsize=LAUNCHES_KEPT)
 def _launch_merge(problem: Problem, out_strides: Strides, pieces: int) -> Launch:
-    batch, heads, tq, _ = problem.q_shape
-    settings = {"pieces": pieces, "BLOCK_S": 16, "num_warps": 1, "num_stages": 1}
-    return Launch(decode_merge_kernel, batch * heads * tq, problem, {"out": out_strides}, **settings)
+    heads, tq = problem.q_shape[1:3]
+    settings: dict[str, Any] = {"pieces": pieces, "BLOCK_S": 16, "num_warps": 1, "num_stages": 1}
+    return Launch(decode_merge_kernel, tq, heads, problem, {"out": out_strides}, **settings)
 
 
 def forward(

@@ -47,14 +47,16 @@ class Config:
     num_warps: int
     num_stages: int  # depth of the software pipeline
     max_registers: int | None = None  # a thread; NVIDIA only. None: as many as the compiler likes
+    in_turn: bool = False  # whether one head is begun after another, or many together (`launch.heads_together`)
 
     def __str__(self) -> str:
         cap = f" r{self.max_registers}" if self.max_registers else ""
-        return f"{self.kernel} {self.block_m}x{self.block_n} w{self.num_warps} s{self.num_stages}{cap}"
+        order = ", heads in turn" if self.in_turn else ""
+        return f"{self.kernel} {self.block_m}x{self.block_n} w{self.num_warps} s{self.num_stages}{cap}{order}"
 
     @property
     def options(self) -> dict[str, Any]:
-        """As keyword arguments of a launch."""
+        """As keyword arguments of a launch: those that decide the machine code."""
         return {
             "BLOCK_M": self.block_m,
             "BLOCK_N": self.block_n,
@@ -90,7 +92,7 @@ class Entry:
         """A flat dictionary, as it stands in a table."""
         fields = dataclasses.asdict(self)
         rest = {name: fields[name] for name in ("variants", "calls") if fields[name] != "all"}
-        config = {name: value for name, value in fields["config"].items() if value is not None}
+        config = {name: value for name, value in fields["config"].items() if value not in (None, False)}
         return {"kernel": config.pop("kernel"), **{k: fields[k] for k in _KEYS}, **config, **rest}
 
     @classmethod
@@ -135,6 +137,8 @@ class Entry:
         cap = config.max_registers
         if cap is not None and not (type(cap) is int and 24 <= cap <= 255):  # 24 is the ABI's least
             raise ValueError(f"max_registers must be a whole number from 24 to 255; it is {cap!r}")
+        if type(config.in_turn) is not bool:
+            raise ValueError(f"in_turn must be true or false; it is {config.in_turn!r}")
         if self.max_length is not None and self.max_length < 1:
             raise ValueError(f"max_length must be positive or null; it is {self.max_length}")
         if config.kernel == "tile" and not 0 < (self.max_length or 0) <= min(config.block_m, config.block_n):

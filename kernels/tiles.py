@@ -11,6 +11,9 @@ from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
+from triton.runtime.jit import constexpr_function
+
+from .programs import compiled_for
 
 __all__ = [
     "LN2",
@@ -20,15 +23,20 @@ __all__ = [
     "Softmax",
     "aligned",
     "causal_mask",
+    "decayed",
     "exponent",
     "exponential",
     "head_of",
     "load_rows",
     "load_tile",
     "natural",
+    "no_part_sums",
+    "part_sums",
+    "prefetch_tile",
     "seen",
     "store_tile",
     "tanh_of_scores",
+    "whole_sums",
 ]
 
 LOG2E = tl.constexpr(1.4426950408889634)  # log2(e): the hardware's exponential is in base 2
@@ -66,6 +74,12 @@ class Head(NamedTuple):
     ptr: Any  # to its first element
     stride_t: Any
     stride_d: Any
+
+
+# Assembly (PTX) that asks the L2 cache for the 32 bytes (SECTOR_BITS) around an address, where the flag is not 0. It
+# has to give something, and gives 0.
+PREFETCH = tl.constexpr("{ .reg .pred p; setp.ne.b32 p, $2, 0; @p prefetch.global.L2 [$1]; mov.b32 $0, 0; }")
+SECTOR_BITS = tl.constexpr(8 * 32)
 
 
 @triton.jit
@@ -122,6 +136,24 @@ def load_tile(
 
 
 @triton.jit
+def prefetch_tile(source, start, length, BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Ask for rows start .. start + BLOCK of a head, so that the L2 cache has them, or soon will, when they are loaded.
+
+    For what a loop loads first: what stands before the loop is waited for before its own first loads are made, and only
+    then would these begin to wait for memory. On Hopper, where it was timed.
+    """
+    if compiled_for(9, below=10):
+        APART: tl.constexpr = SECTOR_BITS // source.ptr.dtype.element_ty.primitive_bitwidth
+        rows = tl.arange(0, BLOCK)
+        columns = tl.arange(0, BLOCK_D // APART) * APART
+        first = source.ptr + tl.cast(start, tl.int64) * source.stride_t
+        offsets = rows.to(tl.int64)[:, None] * source.stride_t + columns.to(tl.int64)[None, :] * source.stride_d
+        there = (rows < length - start)[:, None] & (columns < HEAD_DIM)[None, :]
+        flags = there.to(tl.int32)
+        tl.inline_asm_elementwise(PREFETCH, "=r,l,r", [first + offsets, flags], tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
 def store_tile(target, tile, start, length, BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
     """Store [BLOCK, BLOCK_D] as rows start .. start + BLOCK of a head, what lies beyond it left out."""
     ptrs = _tile_pointers(target, start, BLOCK, BLOCK_D)
@@ -158,48 +190,97 @@ def seen(start_m, n, softmax, FORM: tl.constexpr):
     return mask
 
 
+# On Hopper four lanes hold a row of a tile of scores, two of every eight keys each, and a sum that is only needed once
+# the loop is over need not leave them before: it is kept in eight parts. Elsewhere a lane has a whole row (sm_100), or
+# more is lost by the further registers than is gained.
+
+
+@constexpr_function
+def parts_of_sums():
+    """How many there are; None stands for whole sums."""
+    return 8 if compiled_for(9, below=10) else None
+
+
+@triton.jit
+def no_part_sums(BLOCK_M: tl.constexpr):
+    """Where `part_sums` are added up: zeros."""
+    PARTS: tl.constexpr = parts_of_sums()
+    if PARTS is None:
+        return tl.zeros((BLOCK_M,), dtype=tl.float32)
+    else:
+        return tl.zeros((BLOCK_M, PARTS), dtype=tl.float32)
+
+
+@triton.jit
+def part_sums(tile):
+    """The sums of the rows, [BLOCK_M], or of their parts, [BLOCK_M, `parts_of_sums`]."""
+    PARTS: tl.constexpr = parts_of_sums()
+    if PARTS is None:
+        return tl.sum(tile, 1)
+    else:
+        return tl.sum(tl.reshape(tile, (tile.shape[0], tile.shape[1] // PARTS, PARTS)), 1)
+
+
+@triton.jit
+def decayed(sums, decay):
+    """`part_sums` times a factor for each row."""
+    if parts_of_sums() is None:
+        return sums * decay
+    else:
+        return sums * decay[:, None]
+
+
+@triton.jit
+def whole_sums(sums):
+    """The sums of the rows, [BLOCK_M], of their `part_sums`."""
+    if parts_of_sums() is None:
+        return sums
+    else:
+        return tl.sum(sums, 1)
+
+
 # Exponents of 16-bit inputs are held in base 2: exp2(scores * scale - lse) is one multiply-add and one exponential.
 # Those of fp32 inputs are held in natural units and converted last: log2(e) rounded into every term would cost a bit.
 
 
 @triton.jit
-def exponent(x, like):
-    """A number in natural units (a scale, a log-sum-exp) in the units that tiles in the dtype of `like` use."""
-    if like.dtype == tl.float32:
+def exponent(x, dtype):
+    """A number in natural units (a scale, a log-sum-exp) in the units that tiles of this dtype use."""
+    if dtype == tl.float32:
         return x
     else:
         return x * LOG2E
 
 
 @triton.jit
-def natural(x, like):
+def natural(x, dtype):
     """The inverse of `exponent`."""
-    if like.dtype == tl.float32:
+    if dtype == tl.float32:
         return x
     else:
         return x * LN2
 
 
 @triton.jit
-def exponential(x, like):
+def exponential(x, dtype):
     """e to the power of what `exponent` gave."""
-    if like.dtype == tl.float32:
+    if dtype == tl.float32:
         return tl.exp2(x * LOG2E)
     else:
         return tl.exp2(x)
 
 
 @triton.jit
-def tanh_of_scores(scores, scale, softcap, like):
+def tanh_of_scores(scores, scale, softcap, dtype):
     """tanh(scores * scale / softcap), fp32, where `scale` makes exponents of scores and softcap is in natural units.
 
     Times `exponent(softcap)` these are exponents between plus and minus softcap. tanh is made of the exponential that
     every target has. What it loses near zero, where 1 is taken from 1, is less than the rounding of a 16-bit score;
     for fp32 a polynomial takes over there (Cephes' tanhf, relative error below 1e-7).
     """
-    ratio = scale / exponent(softcap, like)
+    ratio = scale / exponent(softcap, dtype)
     tanh = 1.0 - 2.0 / (1.0 + tl.exp2(scores * (ratio * (2.0 * LOG2E))))
-    if like.dtype == tl.float32:
+    if dtype == tl.float32:
         x = scores * ratio
         z = x * x
         tail = (((-5.70498872745e-3 * z + 2.06390887954e-2) * z - 5.37397155531e-2) * z + 1.33314422036e-1) * z

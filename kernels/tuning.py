@@ -182,8 +182,9 @@ def _choose(
         calls = entry.has_calls(plain) or (variant and entry.calls == "other")
         fits = calls and (not variant or entry.has_variants(dropout))
         found = (entry.head_dim, not fits)
-        narrowest[entry.config] = min(narrowest.get(entry.config, found), found)
-    serving = [item for item in serving if not narrowest[item[1].config][1]]
+        code = dataclasses.replace(entry.config, in_turn=False)  # which order does not change
+        narrowest[code] = min(narrowest.get(code, found), found)
+    serving = [item for item in serving if not narrowest[dataclasses.replace(item[1].config, in_turn=False)][1]]
 
     def find(kernel: str) -> tuple[tuple[int, ...], Entry] | None:
         return min((item for item in serving if item[1].config.kernel == kernel), key=lambda i: i[0], default=None)

@@ -19,12 +19,12 @@ PLANS = ("tiled", "blocks", "tile")
 TARGETS = ("sm_80", "sm_90")  # the kernels loop over blocks in one way on the first, in another on the second
 
 
-def plan_of(kind: str, block_m: int = 16, block_n: int = 16, *, decode: bool = False) -> Plan:
+def plan_of(kind: str, block_m: int = 16, block_n: int = 16, *, decode: bool = False, in_turn: bool = False) -> Plan:
     """A plan of the smallest tiles: "tiled" (two backward launches), or "blocks" or "tile" (one)."""
     kernels = ("dq", "dkdv") if kind == "tiled" else (kind,)
-    backward = tuple(Config(kernel, block_m, block_n, 4, 1) for kernel in kernels)
+    backward = tuple(Config(kernel, block_m, block_n, 4, 1, in_turn=in_turn) for kernel in kernels)
     splitting = Config("decode", 16, 16, 4, 1) if decode else None
-    return Plan(Config("forward", block_m, block_n, 4, 1), backward, splitting)
+    return Plan(Config("forward", block_m, block_n, 4, 1, in_turn=in_turn), backward, splitting)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,6 +50,7 @@ class Case:
     block_m: int = 16
     block_n: int = 16
     decode: bool = False
+    in_turn: bool = False
     seed: int = 0
     targets: tuple[str, ...] = TARGETS
 
@@ -80,6 +81,7 @@ def random_case(seed: int) -> Case:
         block_m=block_m,
         block_n=block_n,
         decode=draw.random() < 0.3,
+        in_turn=seed // 2 % 2 == 1,
         seed=seed,
         targets=(TARGETS[seed % 2],),
     )
@@ -153,7 +155,7 @@ def judge(case: Case, tensors: tuple[torch.Tensor, ...] | None = None) -> None:
     key, say), the kernels still take delta from out as it was stored, and fp32 sums in another order.
     """
     tensors, dtype = tensors or inputs(case), DTYPES[case.dtype]
-    plan = plan_of(case.plan, case.block_m, case.block_n, decode=case.decode)
+    plan = plan_of(case.plan, case.block_m, case.block_n, decode=case.decode, in_turn=case.in_turn)
     want = _run(naive.attention, case, tensors, torch.float64)
     plain = _run(naive.attention, case, tensors, dtype)
     largest = max(float(x.detach().nan_to_num(posinf=0.0, neginf=0.0).abs().max()) for x in want.values())

@@ -3,6 +3,7 @@
 strict_interpreter.py says what is mended and what is refused, and puts this in place.
 """
 
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -141,6 +142,23 @@ class StrictBuilder(interpreter.InterpreterBuilder):
                 f"{self.memory.kernel}: two lanes of one store in program {self.memory.program_id} write different "
                 "values to one address"
             )
+
+    def create_inline_asm(
+        self, asm: str, _constraints: str, values: list[TensorHandle], _types: Any, _is_pure: bool, _pack: int
+    ) -> Any:
+        """What `tiles` has of it, which changes no number: a prefetch, whose addresses have to be there, and signals.
+
+        Launches follow each other here, so there is nothing to wait for.
+        """
+        shape: tuple[int, ...] = (1,)
+        if "prefetch.global.L2 [$1]" in asm:
+            ptrs, flags = values
+            self.memory.prefetch(ptrs.data[flags.data != 0].ravel(), ptrs.get_element_ty().primitive_bitwidth // 8)
+            shape = ptrs.data.shape
+        elif not asm.startswith("griddepcontrol."):
+            raise StrictError(f"{self.memory.kernel}: this assembly is not modelled here: {asm}")
+        nothing = TensorHandle(np.zeros(shape, np.int32), tl.int32)
+        return types.SimpleNamespace(get_result=lambda _: nothing)
 
     def create_atomic_rmw(self, *args: Any) -> None:
         raise StrictError(f"{self.memory.kernel}: atomics make results differ from run to run; none is allowed here")

@@ -82,6 +82,11 @@ class LaunchMemory:
             reader = region.reader[units]
             region.reader[units] = np.where((reader == NOBODY) | (reader == self.program), self.program, MANY)
 
+    def prefetch(self, addresses: np.ndarray, itemsize: int) -> None:
+        """Check the active lanes of a prefetch, which reads nothing that could be seen."""
+        for _ in self._locate(addresses, itemsize, "prefetch"):
+            pass
+
     def store(self, addresses: np.ndarray, itemsize: int) -> None:
         """Check the active lanes of a store, then note this program as their writer."""
         for region, units in self._locate(addresses, itemsize, "store"):

@@ -5,7 +5,10 @@ import triton.language as tl
 from strict_interpreter import strict_interpreter
 from triton.language.target_info import cuda_capability_geq
 
+from fastchargpt.kernels.tiles import PREFETCH
+
 __all__ = [
+    "assembly_kernel",
     "atomic_kernel",
     "bf16_arithmetic_kernel",
     "bf16_sum_kernel",
@@ -19,6 +22,7 @@ __all__ = [
     "neighbour_kernel",
     "order_kernel",
     "partial_write_kernel",
+    "prefetch_kernel",
     "race_kernel",
     "scale_kernel",
     "softmax_kernel",
@@ -134,6 +138,20 @@ def atomic_kernel(y_ptr):
 @triton.jit
 def order_kernel(clock_ptr):
     tl.device_print("program", tl.program_id(0))
+
+
+@triton.jit
+def prefetch_kernel(x_ptr, n, BLOCK: tl.constexpr):
+    offs = tl.arange(0, BLOCK)
+    flags = (offs < n).to(tl.int32)
+    tl.inline_asm_elementwise(PREFETCH, "=r,l,r", [x_ptr + offs, flags], tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
+def assembly_kernel(x_ptr, BLOCK: tl.constexpr):
+    offs = tl.arange(0, BLOCK)
+    doubled = tl.inline_asm_elementwise("shl.b32 $0, $1, 1;", "=r,r", [offs], tl.int32, is_pure=True, pack=1)
+    tl.store(x_ptr + offs, doubled)
 
 
 @triton.jit

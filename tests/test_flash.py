@@ -1,11 +1,14 @@
 """The operators around the kernels: dispatch, autocast, FLOPs, describe, launches and copies."""
 
+from typing import Any
+
 import pytest
 import torch
 from aot import compile_launch, record_launches
-from flash_cases import plan_of
+from flash_cases import Case, judge, plan_of
 from gate import launches_of
 from launches import Case as LaunchCase
+from launches import run_kernel
 from oracles import notebook_head, qkv_case, worst_error
 from strict_interpreter import strict_interpreter
 from torch.utils.checkpoint import checkpoint
@@ -116,3 +119,24 @@ def test_heads_of_any_width_are_loaded_several_elements_at_once(head_dim: int, b
     loads = {code for code in compile_launch(launch, "sm_80").opcodes if code.startswith("LDG") and "." in code}
     assert loads
     assert all(f".{bits}" in code for code in loads), loads
+
+
+@pytest.mark.parametrize(("target", "overlaps"), [("sm_80", False), ("sm_90", True), ("sm_100", True)])
+def test_the_second_launch_of_a_backward_waits_for_the_first(target: str, overlaps: bool) -> None:
+    """Where it may begin before that ends: what the first kept for it is not there earlier."""
+    case = LaunchCase(dtype=torch.bfloat16, head_dim=64, length=256)
+    with record_launches(target) as launches:
+        run_kernel(Config("dkdv", 32, 64, 4, 1), case, "meta")
+    first, second = (compile_launch(found, target) for found in launches)
+    assert [("PREEXIT" in code.opcodes, "ACQBULK" in code.opcodes) for code in (first, second)] == (
+        [(True, False), (False, True)] if overlaps else [(False, False)] * 2
+    )
+
+
+@pytest.mark.parametrize(
+    "kinds", [{}, {"window": 7}, {"dropout_p": 0.2}, {"heads": 4, "layout": "gaps", "head_dim": 20}, {"tk": 9}]
+)
+@pytest.mark.parametrize("in_turn", [False, True])
+def test_heads_in_turn_or_together_are_right(in_turn: bool, kinds: dict[str, Any]) -> None:
+    """In turn a program first asks for its first keys, all of which have to be there."""
+    judge(Case(**{"dtype": "bf16", "batch": 3, "tq": 37, "tk": 43, "lse_gradient": True, "in_turn": in_turn, **kinds}))

@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 from strict_interpreter import OutOfBoundsError, RaceError, StrictError, strict_interpreter
 from strict_toys import (
+    assembly_kernel,
     atomic_kernel,
     bf16_arithmetic_kernel,
     bf16_sum_kernel,
@@ -18,6 +19,7 @@ from strict_toys import (
     missing_other_kernel,
     neighbour_kernel,
     order_kernel,
+    prefetch_kernel,
     race_kernel,
     scale_kernel,
     softmax_kernel,
@@ -148,6 +150,18 @@ def test_load_before_the_start_although_the_memory_is_ours():
     buffer = torch.randn(64)
     with pytest.raises(OutOfBoundsError, match="load out of bounds in 1 lane"):
         launch(load_before_start_kernel, (1,), buffer[8:24], torch.empty(16), BLOCK=16)
+
+
+def test_prefetch_past_the_end():
+    x = torch.randn(20)
+    launch(prefetch_kernel, (1,), x, 20, BLOCK=32)
+    with pytest.raises(OutOfBoundsError, match="prefetch out of bounds in 1 lane"):
+        launch(prefetch_kernel, (1,), x, 21, BLOCK=32)
+
+
+def test_assembly_that_is_not_modelled_is_refused():
+    with pytest.raises(StrictError, match="this assembly is not modelled here: shl"):
+        launch(assembly_kernel, (1,), torch.empty(16, dtype=torch.int32), BLOCK=16)
 
 
 def test_load_between_the_rows_of_a_view():
