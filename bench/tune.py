@@ -2,11 +2,13 @@
 
 A place is what an entry of a table is for: a dtype, a head_dim, a longest sequence, with dropout or without. In each
 place the forward's candidates race each other, then those for dq and for dk/dv (each beside the best so far of the
-other), then the best pair of them, the one-launch candidates and the shipped launches. The table is written after each
+other), then the best pair of them, the one-launch candidates and the shipped launches; and last the winner with its
+heads begun together and in turn. The table is written after each
 place, so that a run that is stopped goes on where it stopped.
 """
 
 import dataclasses
+import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -110,8 +112,8 @@ class _Trial:
 
     def forward(self) -> Measured:
         shipped = self.shipped.forward
-        plans = {config: dataclasses.replace(self.shipped, forward=config) for config in self._with(shipped, "forward")}
-        return self._hold("forward", {(config,): plan for config, plan in plans.items()}, (shipped,))
+        found = self._hold("forward", self._forwards((c,) for c in self._with(shipped, "forward")), (shipped,))
+        return self._hold("forward", self._forwards(self._orders(found)), (shipped,), found.configs)
 
     def decode(self) -> Measured | None:
         shipped = self.shipped.decode
@@ -128,16 +130,32 @@ class _Trial:
         rest = [self.shipped.backward, pair.configs]
         if self.place.max_length is not None:
             rest += [(c,) for kernel in ("tile", "blocks") for c in candidates(kernel, self.place)]
-        return self._hold("backward", self._backwards(rest), self.shipped.backward)
+        found = self._hold("backward", self._backwards(rest), self.shipped.backward)
+        return self._hold("backward", self._backwards(self._orders(found)), self.shipped.backward, found.configs)
 
     def _with(self, shipped: Config, kernel: str) -> list[Config]:
         return list(dict.fromkeys((shipped, *candidates(kernel, self.place))))
 
+    def _orders(self, found: Measured) -> Iterator[tuple[Config, ...]]:
+        """The winner of a race with heads in turn and together, which is the same machine code, and the shipped."""
+        either = ([config, dataclasses.replace(config, in_turn=not config.in_turn)] for config in found.configs)
+        yield from itertools.product(*either)
+        yield found.shipped
+
+    def _forwards(self, ways: Iterable[tuple[Config, ...]]) -> dict[tuple[Config, ...], Plan]:
+        return {way: dataclasses.replace(self.shipped, forward=way[0]) for way in ways}
+
     def _backwards(self, ways: Iterable[tuple[Config, ...]]) -> dict[tuple[Config, ...], Plan]:
         return {way: dataclasses.replace(self.shipped, backward=way) for way in ways}
 
-    def _hold(self, what: str, plans: Mapping[tuple[Config, ...], Plan], shipped: tuple[Config, ...]) -> Measured:
-        """Check every candidate, race those that are right."""
+    def _hold(
+        self,
+        what: str,
+        plans: Mapping[tuple[Config, ...], Plan],
+        shipped: tuple[Config, ...],
+        before: tuple[Config, ...] = (),
+    ) -> Measured:
+        """Check every candidate, race those that are right; what won before and the shipped must be clearly beaten."""
         ready: dict[tuple[Config, ...], Plan] = {}
         for configs, plan in plans.items():
             if reason := self._reason(what, configs, plan):
@@ -153,8 +171,9 @@ class _Trial:
         by_configs = {configs: times[name] for name, configs in names.items()}
         best = min(by_configs, key=lambda configs: by_configs[configs])
         theirs = by_configs.get(shipped)
-        if theirs is not None and by_configs[best] > WORTH * theirs:
-            best = shipped
+        for kept in (before, shipped):
+            if kept in by_configs and by_configs[best] > WORTH * by_configs[kept]:
+                best = kept
         return Measured(self.place, what, best, by_configs[best], shipped, theirs)
 
     def _reason(self, what: str, configs: tuple[Config, ...], plan: Plan) -> str | None:

@@ -45,10 +45,11 @@ HALF = {
         (128, 128, 8, 2),
     ),
 }  # fmt: skip
-# With so few registers (the fifth number) one program more fits a processor; compiled for sm_90 without a spill.
+# With so few registers (the fifth number) one program more fits a processor; without a spill, each at some head_dim on
+# sm_90.
 CAPPED = {
-    "forward": ((64, 64, 4, 2, 128),),
-    "dq": ((64, 32, 4, 3, 96),),
+    "forward": ((64, 64, 4, 2, 128), (64, 64, 4, 3, 128), (64, 32, 4, 2, 128), (64, 32, 4, 3, 80), (64, 32, 4, 3, 64)),
+    "dq": ((64, 32, 4, 2, 96), (64, 32, 4, 3, 96), (64, 32, 4, 3, 72)),
     "dkdv": ((32, 64, 4, 2, 168),),
 }
 # Exact products are ordinary multiply-adds that hold both operands in registers: tiles must be small.
@@ -94,13 +95,22 @@ def places(
         yield Place(kind[0], kind[1], kind[3], kind[2])
 
 
+def _least_registers(kernel: str, settings: tuple[int, ...], place: Place) -> int:
+    """A thread's, without which nothing compiles: of what is added up, of the products beside it, and 24 more."""
+    block_m, block_n, warps = settings[:3]
+    head_dim = 1 << (place.head_dim - 1).bit_length()
+    sums = {"forward": block_m, "dq": block_m, "dkdv": 2 * block_n}[kernel] * head_dim
+    products = {"forward": 1, "dq": 2, "dkdv": 2}[kernel] * block_m * block_n
+    return (sums + products) // (32 * warps) + 24
+
+
 def candidates(kernel: str, place: Place) -> list[Config]:
     """The settings to try; those whose blocks reach far beyond the sequence are left out."""
     longest = 1 << (place.length - 1).bit_length()  # rounded up to a power of two
     settings: tuple[tuple[int, ...], ...] = (HALF if place.dtype == "half" else FP32)[kernel]
     if place.dtype == "half" and torch.version.hip is None:
-        settings += CAPPED.get(kernel, ())
-    found = [Config(kernel, *each) for each in settings]
+        settings += tuple(each for each in CAPPED.get(kernel, ()) if _least_registers(kernel, each, place) <= each[4])
+    found = [Config(kernel, m, n, warps, stages, cap[0] if cap else None) for m, n, warps, stages, *cap in settings]
     if kernel == "tile":
         return [config for config in found if longest <= MOST_KEYS_A_TILE and config.block_m == longest]
     return [config for config in found if max(config.block_m, config.block_n) <= max(64, longest)]

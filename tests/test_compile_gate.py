@@ -9,17 +9,22 @@ are the same; whatever has no record is compiled too. FASTCHARGPT_GATE=full comp
 import dataclasses
 import functools
 import itertools
+import json
 import os
+from unittest import mock
 
+import make_tables
 import pytest
 import torch
 from aot import TARGETS
 from gate import judge, launches_of
 from gate_report import RECORD, everything, key_of, read_record, variant_of
 from launches import RAGGED, cases
-from make_tables import SHIPPED, choose
+from make_tables import SHIPPED, choose, winners
 
-from fastchargpt.kernels.tuning import Config, Entry, known_archs
+from fastchargpt.bench.tune import Measured
+from fastchargpt.kernels import tuning
+from fastchargpt.kernels.tuning import Config, Entry, known_archs, load_table
 
 FRESH_TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 FULL = os.environ.get("FASTCHARGPT_GATE") == "full"
@@ -138,3 +143,23 @@ def test_a_table_can_be_filled_without_a_gpu():
     (entry,) = choose("sm_90", "tile", "half", 64, 32)
     assert entry.dropout
     assert entry.config.block_m == entry.config.block_n == 32
+
+
+def test_what_a_tuner_measured_becomes_a_table(monkeypatch):
+    tuned = json.loads((RECORD.parent / "h200-tuning.json").read_text(encoding="utf-8"))
+    measured = [Measured.from_json(row) for row in tuned["measurements"]]
+    before = [entry for entry in load_table("sm_90") if entry.calls != "other"]
+    refused = Config("tile", 128, 128, 8, 1)  # though it won at head_dim 128
+    monkeypatch.setattr(make_tables, "_passes", lambda config, _wanted, _target: config != refused)
+    table = winners(tuned, before)
+    assert [entry for entry in table if entry.dtype == "fp32"] == [entry for entry in before if entry.dtype == "fp32"]
+    tuning.forget()
+    with mock.patch.object(tuning, "load_table", return_value=tuple(table)):
+        for found in measured:
+            place = found.place
+            plan = tuning.plan_for("sm_90", place.dtype, place.head_dim, place.length, place.dropout)
+            chosen = {"forward": (plan.forward,), "backward": plan.backward, "decode": (plan.decode,)}[found.what]
+            assert chosen == found.configs or refused in found.configs, place
+            assert refused not in chosen
+    tuning.forget()
+    assert len(table) < sum(len(found.configs) for found in measured)  # what serves several places stands there once

@@ -1,5 +1,6 @@
 """Tuning without a GPU: a device whose times are made up, and the strict interpreter behind the real rig."""
 
+import dataclasses
 import json
 import warnings
 from collections.abc import Mapping
@@ -149,6 +150,26 @@ def test_everything_in_a_race_is_checked_and_the_shipped_settings_take_part() ->
     assert {what for _, what, _ in rig.races} == {"forward", "backward", "decode"}
 
 
+def test_the_order_of_heads_is_measured_too(folder: Path) -> None:
+    class InTurn(Pretend):
+        """Where a forward with heads in turn takes half of the time, and a backward 0.995 of it."""
+
+        def seconds(self, place: Place, plan: Plan, what: str) -> float:
+            chosen = configs(plan, what)
+            plain = dataclasses.replace(
+                plan,
+                forward=dataclasses.replace(plan.forward, in_turn=False),
+                backward=tuple(dataclasses.replace(config, in_turn=False) for config in plan.backward),
+            )
+            gain = 0.5 if what == "forward" else 0.995
+            return super().seconds(place, plain, what) * (gain if any(config.in_turn for config in chosen) else 1.0)
+
+    tuned(folder / f"{ARCH}.json", InTurn(FAST))
+    plan = tuning.plan(problem(torch.bfloat16, 64, 128))
+    assert plan.forward == Config("forward", 128, 64, 8, 3, in_turn=True)
+    assert plan.backward == (Config("dq", 128, 64, 8, 2), Config("dkdv", 64, 128, 8, 2))  # by no more than noise
+
+
 def test_what_cannot_run_is_skipped_with_its_reason(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     broken = Config("dq", 128, 64, 8, 2)
     rig = Pretend(FAST, broken={broken})
@@ -163,7 +184,7 @@ def test_ctrl_c_keeps_what_was_measured_and_the_same_command_goes_on(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "t.json"
-    assert tuned(path, Pretend(FAST, stop_after=5)) == 130  # in the middle of the second place
+    assert tuned(path, Pretend(FAST, stop_after=7)) == 130  # in the middle of the second place
     assert "stopped: 1 of 2 places are kept" in capsys.readouterr().out
     assert {entry.max_length for entry in tables.read_table(path, ARCH)} == {128}
     rig = Pretend(FAST)
@@ -289,7 +310,9 @@ def test_what_is_compiled_ahead_is_what_the_tuner_asks_for() -> None:
     rig = Pretend(FAST)
     for place in everywhere:
         measure(rig, place, ARCH)
-    asked = {config for what, plan in rig.checked for config in configs(plan, what)}
+    asked = {  # the order of programs is no other code
+        dataclasses.replace(config, in_turn=False) for what, plan in rig.checked for config in configs(plan, what)
+    }
     ahead = jobs(everywhere, ARCH)
     assert asked == {config for job in ahead for config in configs(job.plan, job.what)}
     known = {(job.place.dtype, job.place.head_dim, job.place.dropout, configs(job.plan, job.what)) for job in ahead}

@@ -3,13 +3,14 @@
     python bench/static/make_tables.py sm_90 gfx942     # writes kernels/tuning/sm_90.json, gfx942.json; default: all
     python bench/static/make_tables.py --kernel dq dkdv --head-dim 64 --dtype half   # these anew, others stay
     python bench/static/make_tables.py --mark           # all stay; where each may be used, anew
+    python bench/static/make_tables.py --measured bench/results/h200-tuning.json   # its winners, for what it measured
 
 An entry must pass (tests/gate.py) in every precision that it serves, with dropout and without; where only the plain
 kernel passes, the entry says so and another one serves dropout; so it is with grouped heads, heads narrower than a tile
 and attention without a mask. Where no candidate passes there is no entry, and the
 dispatcher takes another kernel or another backend. The order of preference is by the static estimate: larger tiles move
-fewer bytes, 4 warps repeat no tensor-core work, and two stages hide loads where registers allow. Measured tables, from
-`fastchargpt bench attention --tune`, replace these.
+fewer bytes, 4 warps repeat no tensor-core work, and two stages hide loads where registers allow. What a table of
+`fastchargpt bench attention --tune` measured goes before that, as far as it passes.
 """
 
 import argparse
@@ -19,6 +20,8 @@ import json
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -28,6 +31,9 @@ from aot import TARGETS  # noqa: E402
 from gate import judge  # noqa: E402
 from launches import Case, cases  # noqa: E402
 
+from fastchargpt.bench.tune import Measured  # noqa: E402
+from fastchargpt.errors import ConfigError  # noqa: E402
+from fastchargpt.kernels import tuning  # noqa: E402
 from fastchargpt.kernels.tuning import KERNELS, Config, Entry, load_table, save_table  # noqa: E402
 
 __all__ = ["HEAD_DIMS", "SHIPPED", "choose", "slots"]
@@ -121,7 +127,7 @@ FIRST: dict[tuple[str, str, int], dict[tuple[str, ...], list[Settings]]] = {
         ("sm_90", "sm_100"): [(64, 128, 8, 2)],
     },
     ("dkdv", "half", 128): {
-        ("sm_90",): [(32, 128, 8, 2)],
+        ("sm_90",): [(32, 64, 4, 2), (32, 128, 8, 2)],
         ("sm_100",): [(64, 128, 8, 2)],
         ("gfx942",): [(16, 64, 4, 2)],
     },
@@ -198,6 +204,55 @@ def choose(target: str, kernel: str, dtype: str, head_dim: int, max_length: int 
         yield plain
 
 
+def winners(tuned: dict[str, Any], entries: list[Entry]) -> list[Entry]:
+    """The entries, for what was measured the settings that won instead, as far as they pass, and none that is idle."""
+    target = tuned["arch"]
+    measured = [Measured.from_json(row) for row in tuned["measurements"]]
+    won = {(*_slot(entry), entry.dropout): entry for found in measured for entry in found.entries()}
+    places = {(entry.dtype, entry.head_dim) for entry in won.values()}
+    others = [entry for entry in entries if (entry.dtype, entry.head_dim) not in places]
+    found = []
+    for entry in won.values():
+        wanted = [case for case in cases(dataclasses.replace(entry, variants="none")) if case.plain]
+        if _passes(entry.config, wanted, target):
+            found.append(entry)
+        else:
+            print(target, "does not pass:", entry, flush=True)
+    # Where no winner for the longest sequences passes, what does serves; what was not measured is left to wider heads.
+    needed = {(*_slot(entry), entry.dropout) for entry in won.values() if entry.max_length is None}
+    missing = needed - {(*_slot(entry), entry.dropout) for entry in found}
+    for slot in sorted({place[:4] for place in missing}):
+        found += [entry for entry in choose(target, *slot) if (*slot, entry.dropout) in missing]
+    return _without_idle(target, sorted([*others, *found], key=_order))
+
+
+def _without_idle(target: str, entries: list[Entry]) -> list[Entry]:
+    """The entries but those without which every sequence is served by the same settings."""
+    lengths = sorted({entry.max_length or 2**30 for entry in entries})
+    heads = sorted({(entry.dtype, entry.head_dim) for entry in entries})
+
+    def plans(table: list[Entry]) -> list[tuning.Plan | None]:
+        tuning.forget()
+        with mock.patch.object(tuning, "load_table", return_value=tuple(table)):
+            found: list[tuning.Plan | None] = []
+            for (dtype, head_dim), length, dropout in itertools.product(heads, lengths, (False, True)):
+                try:
+                    found.append(tuning.plan_for(target, dtype, head_dim, length, dropout))
+                except ConfigError:
+                    found.append(None)
+            return found
+
+    wanted, before = plans(entries), len(entries) + 1
+    while len(entries) < before:  # one may be idle only once another is gone
+        before = len(entries)
+        for entry in entries:
+            rest = [other for other in entries if other is not entry]
+            if plans(rest) == wanted:
+                entries = rest
+    tuning.forget()
+    return entries
+
+
 def mark(target: str, entries: list[Entry]) -> list[Entry]:
     """The entries, each saying anew where it may be used (`variants`, `calls`), and further ones for the other calls.
 
@@ -249,15 +304,19 @@ def main() -> None:
     parser.add_argument("targets", nargs="*", default=SHIPPED)
     parser.add_argument("--kernel", nargs="+", choices=KERNELS, default=KERNELS, help="only these; others stay")
     parser.add_argument("--mark", action="store_true", help="only find out where each entry may be used")
+    parser.add_argument("--measured", type=Path, help="a table of bench attention --tune, for its architecture")
     parser.add_argument("--dtype", nargs="+", choices=("half", "fp32"), default=("half", "fp32"))
     parser.add_argument("--head-dim", nargs="+", type=int, choices=HEAD_DIMS, default=HEAD_DIMS)
     arguments = parser.parse_args()
+    tuned = json.loads(arguments.measured.read_text(encoding="utf-8")) if arguments.measured else None
+    if tuned is not None:
+        arguments.targets = [tuned["arch"]]
     for target in arguments.targets:
         path = TABLES / f"{target}.json"
         wanted = [
             slot
             for slot in slots(target, arguments.dtype, arguments.head_dim)
-            if slot[0] in arguments.kernel and not _measured(target, slot) and not arguments.mark
+            if slot[0] in arguments.kernel and not _measured(target, slot) and not arguments.mark and tuned is None
         ]
         redone = {slot[:3] for slot in wanted}
         entries = [entry for entry in load_table(target) if _slot(entry)[:3] not in redone] if path.exists() else []
@@ -265,6 +324,8 @@ def main() -> None:
             found = list(choose(target, *slot))
             print(target, *slot, [(*vars(e.config).values(), e.dropout) for e in found], flush=True)
             entries += found
+        if tuned is not None:
+            entries = winners(tuned, entries)
         facts = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         entries = mark(target, entries)
         print(
