@@ -106,6 +106,9 @@ FIRST: dict[tuple[str, str, int], dict[tuple[str, ...], list[Settings]]] = {
         ("sm_80", "sm_100"): [(128, 64, 8, 2)],
         ("gfx942",): [(128, 32, 4, 2)],
     },
+    ("forward", "half", 256): {
+        ("sm_100",): [(64, 32, 8, 1, 255)],  # as the next one
+    },
     ("blocks", "half", 64): {
         ("sm_100",): [(32, 64, 4, 2, 168)],  # without a cap ptxas spills at a ragged T, far below the 255 there are
     },
