@@ -3,8 +3,8 @@
 A place is what an entry of a table is for: a dtype, a head_dim, a longest sequence, with dropout or without. In each
 place the forward's candidates race each other, then those for dq and for dk/dv (each beside the best so far of the
 other), then the best pair of them, the one-launch candidates and the shipped launches; and last the winner with its
-heads begun together and in turn. The table is written after each
-place, so that a run that is stopped goes on where it stopped.
+heads begun together and in turn. The table is written after each place, so that a run that is stopped goes on where it
+stopped.
 """
 
 import dataclasses
@@ -138,9 +138,14 @@ class _Trial:
 
     def _orders(self, found: Measured) -> Iterator[tuple[Config, ...]]:
         """The winner of a race with heads in turn and together, which is the same machine code, and the shipped."""
-        either = ([config, dataclasses.replace(config, in_turn=not config.in_turn)] for config in found.configs)
-        yield from itertools.product(*either)
+        yield from itertools.product(*map(self._either_order, found.configs))
         yield found.shipped
+
+    def _either_order(self, config: Config) -> list[Config]:
+        owned = config.block_m if config.kernel in ("forward", "dq") else config.block_n  # of the rows or keys
+        if self.place.length <= owned:  # a head is one block: there is no order
+            return [config]
+        return [config, dataclasses.replace(config, in_turn=not config.in_turn)]
 
     def _forwards(self, ways: Iterable[tuple[Config, ...]]) -> dict[tuple[Config, ...], Plan]:
         return {way: dataclasses.replace(self.shipped, forward=way[0]) for way in ways}

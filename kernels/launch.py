@@ -214,7 +214,7 @@ def _may_keep_code() -> bool:
 
 
 def inverse(number: int) -> int:
-    """What makes division by a number from 1 to 2^31 - 1 a product, for `tiles.divided`: magic * 64 + shift.
+    """What makes division by a number from 1 to 2^31 - 1 a product, for `programs.divided`: magic * 64 + shift.
 
     n // number is n * magic >> shift for every n below 2^31: magic, of 32 bits, is 2^shift / number and less than 1
     more, which n times does not reach the next whole number. Both in one, since Triton would compile anew for a magic

@@ -146,9 +146,9 @@ class StrictBuilder(interpreter.InterpreterBuilder):
     def create_inline_asm(
         self, asm: str, _constraints: str, values: list[TensorHandle], _types: Any, _is_pure: bool, _pack: int
     ) -> Any:
-        """What `tiles` has of it, which changes no number: a prefetch, whose addresses have to be there, and signals.
+        """What the kernels have of it, none of which changes a number: a prefetch, and signals between launches.
 
-        Launches follow each other here, so there is nothing to wait for.
+        What is prefetched has to be there. Launches follow each other here, so there is nothing to wait for.
         """
         shape: tuple[int, ...] = (1,)
         if "prefetch.global.L2 [$1]" in asm:
