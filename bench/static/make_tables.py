@@ -230,7 +230,10 @@ def winners(tuned: dict[str, Any], entries: list[Entry]) -> list[Entry]:
 
 
 def _without_idle(target: str, entries: list[Entry]) -> list[Entry]:
-    """The entries but those without which every sequence is served by the same settings."""
+    """The entries but those without which every sequence is served by the same settings, from the same head_dim.
+
+    Wider heads' may have no registers for calls that narrower ones have them for (`mark`).
+    """
     lengths = sorted({entry.max_length or 2**30 for entry in entries})
     heads = sorted({(entry.dtype, entry.head_dim) for entry in entries})
 
@@ -250,7 +253,8 @@ def _without_idle(target: str, entries: list[Entry]) -> list[Entry]:
         before = len(entries)
         for entry in entries:
             rest = [other for other in entries if other is not entry]
-            if plans(rest) == wanted:
+            twins = [other for other in rest if (*_slot(other)[:3], other.config) == (*_slot(entry)[:3], entry.config)]
+            if twins and plans(rest) == wanted:
                 entries = rest
     tuning.forget()
     return entries
